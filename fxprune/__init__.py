@@ -1,0 +1,59 @@
+"""fxprune: structured pruning of transformers as torch.fx passes. Importing it is light; each name loads when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .api import PruneReport as PruneReport
+    from .api import PruneResult as PruneResult
+    from .api import prune as prune
+    from .capture import trace as trace
+    from .checkpoint.load import load as load
+    from .groups import Groups as Groups
+    from .groups import PruneGroup as PruneGroup
+    from .passes.dependency import find_groups as find_groups
+    from .passes.importance import score as score
+    from .passes.influence import block_influence as block_influence
+    from .passes.rewrite import rewrite as rewrite
+    from .passes.selection import Selection as Selection
+    from .passes.selection import select as select
+    from .passes.verify import verify as verify
+    from .plan import PrunePlan as PrunePlan
+    from .rules import rule as rule
+
+_WHERE = {
+    "Groups": ".groups",
+    "PruneGroup": ".groups",
+    "PrunePlan": ".plan",
+    "PruneReport": ".api",
+    "PruneResult": ".api",
+    "Selection": ".passes.selection",
+    "block_influence": ".passes.influence",
+    "find_groups": ".passes.dependency",
+    "load": ".checkpoint.load",
+    "prune": ".api",
+    "rewrite": ".passes.rewrite",
+    "rule": ".rules",
+    "score": ".passes.importance",
+    "select": ".passes.selection",
+    "trace": ".capture",
+    "verify": ".passes.verify",
+}
+
+__all__ = ["__version__", *_WHERE]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fxprune' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_WHERE[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

@@ -1,0 +1,147 @@
+"""Solve for the configuration of a pruned model: no table of architectures, only integers that must come out right."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..groups import Groups
+from ..plan import PrunePlan
+from .eager import dropped_entries, quantities, renamed
+from .surgery import shorten_config
+
+log = logging.getLogger("fxprune")
+
+REFUSED = 1 << 30
+
+
+class Unsolved(Exception):
+    """No stock configuration gives the pruned shapes; the message says what came closest."""
+
+
+def solve_config(model: nn.Module, groups: Groups, plan: PrunePlan) -> Any:
+    """The stock configuration whose model has exactly the pruned parameter shapes.
+
+    Integer fields that equal a size that changed are candidates; each is tried on a model built on the meta device, and the
+    assignment with no mismatched parameter wins (coordinate descent, most plans need one round).
+
+    Args:
+        model: The dense Hugging Face model.
+        groups: Its prune groups.
+        plan: What to keep.
+
+    Returns:
+        A new configuration; the model's own is not changed.
+
+    Raises:
+        Unsolved: There is none: widths differ between layers, or the class ties sizes together.
+    """
+    widths: dict[str, set[int]] = {}
+    for group in groups.values():
+        if not any(group.name.startswith(f"{path}.") for path in plan.drop):
+            widths.setdefault(group.family, set()).add(len(plan.keep[group.name]) if group.name in plan.keep else group.size)
+    uneven = [f for f, sizes in widths.items() if len(sizes) > 1 and any(g.family == f and g.name in plan.keep for g in groups.values())]
+    if uneven:
+        raise Unsolved(f"widths differ between layers ({uneven[0]})")
+    drop = dropped_entries(plan)
+    wanted = _wanted_shapes(model, groups, plan, drop)
+    config = copy.deepcopy(model.config)
+    shorten_config(config, {"drop": drop, "lengths": {p: len(list(model.get_submodule(p).children())) for p in drop}})
+    options = dict(_options(config, groups, plan))
+    chosen: dict[str, int] = {}
+    best, problem = _mismatches(model, config, chosen, wanted)
+    refusal = ""
+    flat = [(key, value) for key, values in options.items() for value in values]
+    moves = [dict([move]) for move in flat]  # one field at a time, then two: a class may refuse either change alone
+    moves += [dict(pair) for pair in itertools.combinations(flat, 2) if pair[0][0] != pair[1][0]]
+    for _ in range(len(options) + 1):
+        start = best
+        for move in moves:
+            if best == 0:
+                break
+            wrong, why = _mismatches(model, config, {**chosen, **move}, wanted)
+            if wrong < best:
+                best, chosen, problem = wrong, {**chosen, **move}, why
+            elif wrong == REFUSED:
+                refusal = refusal or why
+        if best == 0:
+            return _with(config, chosen)
+        if best == start:
+            break
+    raise Unsolved(refusal or problem)
+
+
+def _wanted_shapes(model: nn.Module, groups: Groups, plan: PrunePlan, drop: Mapping[str, list[int]]) -> dict[str, tuple[int, ...]]:
+    from .. import spaces
+
+    counts = {groups[n].axis: len(u) for n, u in plan.keep.items()}
+    wanted = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        value = groups.inference.tensors.get(groups.aliases.get(name, name))
+        new = renamed(name, drop)
+        if new is None:
+            continue
+        wanted[new] = (
+            tuple(tensor.shape)
+            if value is None
+            else tuple(int(spaces.kept_size(s, lambda a: counts.get(a, a.size))) for s in value.dims)
+        )
+    return wanted
+
+
+def _parts(config: Any) -> list[Any]:
+    """A configuration and its nested ones."""
+    nested = [v for v in vars(config).values() if hasattr(v, "to_dict") and hasattr(v, "model_type")]
+    return [config, *nested]
+
+
+def _options(config: Any, groups: Groups, plan: PrunePlan) -> Iterator[tuple[str, list[int]]]:
+    """Integer fields (dotted when nested) with the values they might have to take."""
+    pairs = {pair for found in quantities(groups, plan).values() for pair in found}
+    before = {b: sorted({a for x, a in pairs if x == b}) for b, _ in pairs}
+    for index, part in enumerate(_parts(config)):
+        prefix = "" if index == 0 else next(k for k, v in vars(config).items() if v is part) + "."
+        for key, value in vars(part).items():
+            if isinstance(value, int) and not isinstance(value, bool) and value in before:
+                yield prefix + key, before[value]
+        if getattr(part, "head_dim", None) is None:  # many classes derive it unless it is said
+            width = _derived_head_dim(part)
+            if width:
+                yield f"{prefix}head_dim", [width]
+
+
+def _derived_head_dim(part: Any) -> int | None:
+    hidden, heads = getattr(part, "hidden_size", None), getattr(part, "num_attention_heads", None)
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
+
+
+def _with(config: Any, chosen: Mapping[str, int]) -> Any:
+    made = copy.deepcopy(config)
+    for key, value in chosen.items():
+        *path, leaf = key.split(".")
+        part = made
+        for piece in path:
+            part = getattr(part, piece)
+        setattr(part, leaf, value)
+    return made
+
+
+def _mismatches(model: nn.Module, config: Any, chosen: Mapping[str, int], wanted: Mapping[str, tuple[int, ...]]) -> tuple[int, str]:
+    """How many parameters of a stock model of this configuration have another shape, and why it was refused if it was."""
+    try:
+        made = _with(config, chosen)
+        made = type(made).from_dict(made.to_dict())  # as from_pretrained would: validated
+        with torch.device("meta"):
+            built = type(model)(made)
+    except Exception as error:  # noqa: BLE001 - a refused configuration is an answer
+        text = str(error).strip().splitlines()
+        return REFUSED, f"{type(config).__name__} refuses {dict(chosen)}: {text[-1].strip()[:200] if text else type(error).__name__}"
+    shapes = {n: tuple(p.shape) for n, p in built.named_parameters(remove_duplicate=False)}
+    wrong = sum(shapes.get(n) != s for n, s in wanted.items()) + len(set(shapes) - set(wanted))
+    return wrong, f"{wrong} parameters would have another shape in a stock {type(model).__name__}" if wrong else ""

@@ -1,0 +1,318 @@
+"""The same surgery on the eager model: the pruned network as ordinary modules, so that ``generate`` and Trainer work."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import spaces
+from ..capture import quiet
+from ..errors import CheckpointError
+from ..groups import Groups
+from ..passes.rewrite import slice_tensor
+from ..passes.verify import relative_error
+from ..plan import PrunePlan
+from ..spaces import Axis
+from .surgery import drop_entries, shorten_config
+
+log = logging.getLogger("fxprune")
+
+MAX_TRIES = 96
+
+
+@dataclass
+class Surgery:
+    """An eager pruned model and what was done to it.
+
+    Attributes:
+        model: The pruned eager model.
+        spec: What `fxprune.checkpoint.surgery.apply_surgery` needs to do it again on a dense one.
+    """
+
+    model: nn.Module
+    spec: dict[str, Any] = field(default_factory=dict)
+
+
+def operate(model: nn.Module, groups: Groups, plan: PrunePlan, same: Callable[[nn.Module], str | None]) -> Surgery:
+    """Prune the eager model itself: sliced tensors in a structural copy, then integer attributes that follow the new sizes.
+
+    Which attributes follow is not tabulated: those equal to a pruned size (or a product of sizes) are candidates, and the smallest
+    change that reproduces the rewritten graph's outputs is taken.
+
+    Args:
+        model: The dense eager model; it is not changed, and tensors that lost nothing are copied.
+        groups: Its prune groups.
+        plan: What to keep.
+        same: Judges a candidate: None if its outputs equal the rewritten graph's, else what went wrong.
+
+    Raises:
+        CheckpointError: No assignment of attributes makes the eager model equal to the rewritten graph.
+    """
+    choice = {groups[n].axis: units for n, units in plan.keep.items()}
+    pruned = copy.deepcopy(model, _sliced_memo(model, groups, choice))
+    drop, renumber = _drop(pruned, plan)
+    spec: dict[str, Any] = {"drop": drop, "renumber": renumber}
+    spec["lengths"] = {path: len(list(model.get_submodule(path).children())) for path in drop}
+    if hasattr(pruned, "config"):
+        shorten_config(pruned.config, spec)
+    spec["shapes"] = _changed(pruned.named_parameters(remove_duplicate=False), model, drop, "_parameters")
+    spec["buffers"] = _changed(pruned.named_buffers(remove_duplicate=False), model, drop, "_buffers")
+    changes = _widths(pruned, model, drop)
+    settled = {(path, key) for path, module in pruned.named_modules() if "weight" in module._parameters for key in vars(module)}
+    candidates = _candidates(pruned, quantities(groups, plan), set(spec["shapes"]), settled)
+    problem = ""
+    for attempt, chosen in zip(range(MAX_TRIES), _subsets(candidates), strict=False):
+        undo = _set(pruned, {**changes, **chosen})
+        failure = same(pruned)
+        if failure is None:
+            log.info("eager model matched at attempt %d with %s", attempt + 1, chosen)
+            spec["attributes"] = _by_module({**changes, **chosen})
+            return Surgery(pruned, spec)
+        problem = problem or failure
+        _set(pruned, undo)
+    raise CheckpointError(
+        f"the eager {type(model).__name__} cannot express this plan: its own forward computes something from a pruned size "
+        f"({problem}). The rewritten graph_module is exact and can be used; or prune other kinds"
+    )
+
+
+def _sliced_memo(model: nn.Module, groups: Groups, choice: Mapping[Axis, Tensor]) -> dict[int, Any]:
+    """A deepcopy memo that hands out sliced tensors, so that no dense copy is ever made."""
+    memo: dict[int, Any] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        value = groups.inference.tensors.get(groups.aliases.get(name, name))
+        if id(tensor) in memo:
+            continue
+        data = tensor.detach().clone() if value is None else slice_tensor(tensor, value.dims, dict(choice))
+        memo[id(tensor)] = nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+    return memo
+
+
+def sliced_state(model: nn.Module, groups: Groups, plan: PrunePlan) -> dict[str, Tensor]:
+    """The pruned state dict under the names after dropping; tied parameters share their tensor."""
+    choice = {groups[n].axis: units for n, units in plan.keep.items()}
+    memo = _sliced_memo(model, groups, choice)
+    drop = dropped_entries(plan)
+    state = model.state_dict(keep_vars=True)
+    return {new: memo[id(t)] for n, t in state.items() if (new := renamed(n, drop)) is not None}
+
+
+def dropped_entries(plan: PrunePlan) -> dict[str, list[int]]:
+    """The plan's dropped blocks as module list path -> entry numbers."""
+    drop: dict[str, list[int]] = {}
+    for path in plan.drop:
+        parent, _, number = path.rpartition(".")
+        drop.setdefault(parent, []).append(int(number))
+    return drop
+
+
+def _drop(pruned: nn.Module, plan: PrunePlan) -> tuple[dict[str, list[int]], dict[str, list[str]]]:
+    drop = dropped_entries(plan)
+    renumber = {path: numbering(pruned.get_submodule(path)) for path in drop}
+    for path, gone in drop.items():
+        drop_entries(pruned, path, gone, renumber[path])
+    return drop, renumber
+
+
+def numbering(entries: nn.Module) -> list[str]:
+    """Names of integer attributes that hold, in every entry of a list, that entry's own number."""
+    names: set[str] | None = None
+    for number, entry in enumerate(entries.children()):
+        own: dict[str, set[int]] = {}
+        for module in entry.modules():
+            for key, value in vars(module).items():
+                if isinstance(value, int) and not isinstance(value, bool) and key != "training":
+                    own.setdefault(key, set()).add(value)
+        matching = {key for key, values in own.items() if values == {number}}
+        names = matching if names is None else names & matching
+    return sorted(names or ())
+
+
+def renamed(name: str, drop: Mapping[str, list[int]]) -> str | None:
+    """A dense parameter's name after entries were dropped and renumbered; None if it went with them."""
+    for path, gone in drop.items():
+        found = re.match(rf"{re.escape(path)}\.(\d+)(\..*)?$", name)
+        if found:
+            number = int(found[1])
+            if number in gone:
+                return None
+            return f"{path}.{number - sum(g < number for g in gone)}{found[2] or ''}"
+    return name
+
+
+def _changed(new: Iterator[tuple[str, Tensor]], model: nn.Module, drop: Mapping[str, list[int]], kind: str) -> dict[str, list[int]]:
+    walk = model.named_parameters if kind == "_parameters" else model.named_buffers
+    before = {renamed(n, drop): tuple(t.shape) for n, t in walk(remove_duplicate=False)}
+    return {n: list(t.shape) for n, t in new if tuple(t.shape) != before[n]}
+
+
+def _widths(pruned: nn.Module, model: nn.Module, drop: Mapping[str, list[int]]) -> dict[tuple[str, str], Any]:
+    """Sizes that a layer keeps beside its weight (``in_features``, ``nf``, ``normalized_shape``): the weight decides them.
+
+    An attribute follows a dimension if, in every dense module of the class that has a weight, it equals that dimension.
+    """
+    shapes: dict[type, list[tuple[str, nn.Module, tuple[int, ...], tuple[int, ...]]]] = {}
+    dense = {renamed(n, drop): m for n, m in model.named_modules()}
+    for path, module in pruned.named_modules():
+        new, old = module._parameters.get("weight"), dense[path]._parameters.get("weight")
+        if new is not None and old is not None:
+            shapes.setdefault(type(module), []).append((path, module, tuple(old.shape), tuple(new.shape)))
+    changes: dict[tuple[str, str], Any] = {}
+    for kind, entries in shapes.items():
+        for key, dims in _followed(kind, entries).items():
+            for path, module, _, new_shape in entries:
+                value = tuple(new_shape[d] for d in dims) if isinstance(getattr(module, key), tuple) else new_shape[dims[0]]
+                if getattr(module, key) != value:
+                    changes[path, key] = value
+    return changes
+
+
+_KNOWN: dict[type, dict[str, tuple[int, ...]]] = {
+    nn.Linear: {"out_features": (0,), "in_features": (1,)},
+    nn.Embedding: {"num_embeddings": (0,), "embedding_dim": (1,)},
+}
+
+
+def _followed(kind: type, entries: list[tuple[str, nn.Module, tuple[int, ...], tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """Attribute -> the weight's dimensions it repeats."""
+    known = next((facts for base, facts in _KNOWN.items() if issubclass(kind, base)), None)
+    if known is not None:
+        return known
+    followed: dict[str, tuple[int, ...]] = {}
+    for key in vars(entries[0][1]):
+        values = [vars(module).get(key) for _, module, _, _ in entries]
+        if all(isinstance(v, tuple) and v == old for v, (_, _, old, _) in zip(values, entries, strict=True)):
+            followed[key] = tuple(range(len(entries[0][2])))
+        elif all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+            ranks = min(len(old) for _, _, old, _ in entries)
+            dims = [d for d in range(ranks) if all(v == e[2][d] for v, e in zip(values, entries, strict=True))]
+            if len(dims) == 1 or (dims and all(len({e[3][d] for d in dims}) == 1 for e in entries)):
+                followed[key] = (dims[0],)
+    return followed
+
+
+def quantities(groups: Groups, plan: PrunePlan) -> dict[str, list[tuple[int, int]]]:
+    """For each parameter, the sizes that changed: (before, after) of every run of factors of its dimensions.
+
+    ``(kv x group) x head_dim`` gives kv, group, head_dim, kv*group, group*head_dim and kv*group*head_dim, and so do the parts of a
+    fused projection: what a configuration or a module could have stored as an integer.
+    """
+    counts = {groups[n].axis: len(u) for n, u in plan.keep.items()}
+
+    def units(axis: Axis) -> int:
+        return counts.get(axis, axis.size)
+
+    found: dict[str, list[tuple[int, int]]] = {}
+    for name, value in groups.inference.tensors.items():
+        pairs: dict[tuple[int, int], None] = {}
+        for space in value:
+            for run in _runs(space):
+                pair = (_whole(run, lambda a: a.size), _whole(run, units))
+                if pair[0] != pair[1]:
+                    pairs[pair] = None
+        if pairs:
+            found[name] = list(pairs)
+    return found
+
+
+def _runs(space: spaces.Space) -> Iterator[tuple[spaces.Space, ...]]:
+    space = spaces.resolve(space)
+    yield (space,)
+    if isinstance(space, spaces.Product):
+        n = len(space.factors)
+        for start, end in itertools.combinations(range(n + 1), 2):
+            yield space.factors[start:end]
+        for factor in space.factors:
+            yield from _runs(factor)
+    elif isinstance(space, spaces.Concat):
+        for part in space.parts:
+            yield from _runs(part)
+
+
+def _whole(run: tuple[spaces.Space, ...], units: Callable[[Axis], int]) -> int:
+    return int(math.prod(spaces.kept_size(s, units) for s in run))
+
+
+Change = dict[tuple[str, str], int]
+
+
+def _candidates(pruned: nn.Module, sizes: Mapping[str, list[tuple[int, int]]], changed: set[str], settled: set[tuple[str, str]]) -> list[Change]:
+    """Integer attributes near pruned parameters that equal a size that changed, one choice for each class and attribute."""
+    table: dict[tuple[str, str, int], Change] = {}
+    paths = {n.rsplit(".", 1)[0] for n in changed}
+    near = paths | {p.rsplit(".", 1)[0] for p in paths if "." in p}
+    for path, module in pruned.named_modules():
+        if path not in near:
+            continue
+        inside = [pairs for name, pairs in sizes.items() if name.startswith(f"{path}.") or name.rsplit(".", 1)[0] == path]
+        options = {pair for pairs in inside for pair in pairs}
+        for key, value in vars(module).items():
+            if not isinstance(value, int) or isinstance(value, bool) or (path, key) in settled:
+                continue
+            for rank, (_, after) in enumerate(sorted(p for p in options if p[0] == value)):
+                table.setdefault((type(module).__name__, key, rank), {})[path, key] = after
+    return list(table.values())
+
+
+def _subsets(candidates: list[Change]) -> Iterator[Change]:
+    """Nothing, everything, then by size: most plans need none or all of them."""
+    every = range(len(candidates))
+    order = [(), tuple(every), *(c for r in range(1, len(candidates)) for c in itertools.combinations(every, r))]
+    for picks in dict.fromkeys(order):
+        merged: Change = {}
+        for pick in picks:
+            merged |= candidates[pick]
+        yield merged
+
+
+def _set(model: nn.Module, changes: Mapping[tuple[str, str], Any]) -> Change:
+    before = {}
+    for (path, key), value in changes.items():
+        module = model.get_submodule(path)
+        before[path, key] = getattr(module, key)
+        setattr(module, key, value)
+    return before
+
+
+def _by_module(changes: Mapping[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = {}
+    for (path, key), value in changes.items():
+        table.setdefault(path, {})[key] = value
+    return table
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Call a module with a mapping of keyword arguments, a tuple, or one tensor."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def judge(reference: Any, inputs: Any, tolerance: float) -> Callable[[nn.Module], str | None]:
+    """A judge of candidates: runs one on the inputs and compares its outputs with the reference's.
+
+    Args:
+        reference: Outputs of the rewritten graph on ``inputs``.
+        inputs: A mapping of keyword arguments, a tuple, or one tensor.
+        tolerance: Largest relative error.
+    """
+
+    def same(model: nn.Module) -> str | None:
+        try:
+            with quiet(model), torch.no_grad():
+                error = relative_error(reference, call(model, inputs))
+        except Exception as problem:  # noqa: BLE001 - a candidate that cannot run is simply not the one
+            return f"{type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
+        return None if error <= tolerance else f"relative error {error:.1e}"
+
+    return same

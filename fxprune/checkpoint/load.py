@@ -1,0 +1,75 @@
+"""Reading a pruned model back."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, UsageError
+from .surgery import apply_surgery
+
+
+def load(directory: str | os.PathLike[str], *, model: nn.Module | None = None, dtype: Any = "auto", device_map: Any = None) -> nn.Module:
+    """Load what ``result.save_pretrained`` wrote, whatever its form.
+
+    Args:
+        directory: The checkpoint's directory.
+        model: For a plain ``nn.Module``: the dense module (its values do not matter; it is not changed).
+        dtype: As for ``from_pretrained``.
+        device_map: As for ``from_pretrained``.
+
+    Returns:
+        The model in evaluation mode: a stock transformers class where the form is uniform, else a subclass of one.
+
+    Raises:
+        UsageError: There is no checkpoint, or ``model`` is needed.
+        CheckpointError: The checkpoint is damaged.
+    """
+    from .save import MODELING, SPEC_FILE
+
+    path = Path(directory)
+    if not path.is_dir():
+        raise UsageError(f"there is no directory '{path}'")
+    if (path / SPEC_FILE).is_file():
+        return _load_module(path, model, json.loads((path / SPEC_FILE).read_text()))
+    if not (path / "config.json").is_file():
+        raise UsageError(f"'{path}' holds no checkpoint: there is no config.json")
+    options = {} if device_map is None else {"device_map": device_map}
+    config = json.loads((path / "config.json").read_text())
+    try:
+        if "fxprune" not in config:
+            import transformers
+
+            cls = getattr(transformers, (config.get("architectures") or [""])[0], transformers.AutoModelForCausalLM)
+            return cls.from_pretrained(path, dtype=dtype, **options).eval()  # type: ignore[no-any-return]
+        name = f"{MODELING}_{path.resolve().as_posix().encode().hex()[-16:]}"
+        spec = importlib.util.spec_from_file_location(name, path / f"{MODELING}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        cls = getattr(module, config["auto_map"]["AutoModelForCausalLM"].rpartition(".")[2])
+        return cls.from_pretrained(path, dtype=dtype, **options).eval()  # type: ignore[no-any-return]
+    except (OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"cannot load the checkpoint '{path}': {error}") from error
+
+
+def _load_module(path: Path, model: nn.Module | None, spec: dict[str, Any]) -> nn.Module:
+    from safetensors.torch import load_model
+
+    if model is None:
+        raise UsageError(f"'{path}' holds a pruned plain module: pass the dense one, fxprune.load(dir, model=dense)")
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(torch.empty_like(tensor), requires_grad=tensor.requires_grad)
+    small = copy.deepcopy(model, memo)
+    apply_surgery(small, spec)
+    load_model(small, str(path / "model.safetensors"))
+    return small.eval()

@@ -1,0 +1,115 @@
+"""Models as users name them: a hub id, a local directory, a ``.gguf`` file, or a checkpoint of ours."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UsageError
+
+log = logging.getLogger("fxprune")
+
+
+def load_source(source: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", meta: bool = False) -> tuple[nn.Module, Any]:
+    """Load a causal LM and its tokenizer.
+
+    Args:
+        source: A hub id, a local directory, a ``.gguf`` file, or a directory that fxprune wrote.
+        dtype: ``"auto"`` (as stored), or a dtype or its name.
+        meta: Build the model on the meta device from its configuration: no weights are read.
+
+    Returns:
+        (model in evaluation mode, tokenizer or None if there is none).
+
+    Raises:
+        UsageError: Nothing of that name can be loaded; says what was looked for.
+    """
+    name = os.fspath(source)
+    path = Path(name)
+    kind = _dtype(dtype)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise UsageError(f"there is no file '{name}'")
+        return _gguf(path, kind)
+    looks_local = path.is_absolute() or name.startswith(".") or name.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise UsageError(f"there is no directory '{name}'")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(f"'{name}' holds no config.json: it is not a Hugging Face checkpoint")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if path.is_dir() and is_per_layer(path):
+        from .load import load
+
+        return load(path), _tokenizer(name)
+    try:
+        if meta:
+            config = AutoConfig.from_pretrained(name)
+            with torch.device("meta"):
+                model: nn.Module = AutoModelForCausalLM.from_config(config)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=kind)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load a causal language model from '{name}': {str(error).strip().splitlines()[0]}") from error
+    return model.eval(), _tokenizer(name)
+
+
+def is_per_layer(directory: Path) -> bool:
+    """True if the directory holds a checkpoint in fxprune's per-layer form."""
+    try:
+        return "fxprune" in json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def _dtype(dtype: str | torch.dtype) -> Any:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise UsageError(f"unknown dtype '{dtype}'; choose from: auto, float32, bfloat16, float16")
+    return found
+
+
+def _tokenizer(name: str, **options: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # noqa: BLE001 - a model without tokenizer is fine, transformers raises many types
+        log.info("no tokenizer at %s: %s", name, error)
+        return None
+
+
+def _gguf(path: Path, dtype: Any) -> tuple[nn.Module, Any]:
+    """Dequantise into a fresh model: transformers' own result calls itself quantised and refuses to be saved."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UsageError("reading a .gguf file needs the gguf package: pip install 'fxprune[demo]'") from error
+    from transformers import AutoModelForCausalLM
+
+    options = {"gguf_file": path.name}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32 if dtype == "auto" else dtype, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UsageError(f"cannot read '{path}': {str(error).strip().splitlines()[0]}") from error
+    config = loaded.config
+    config.__dict__.pop("quantization_config", None)
+    config.dtype = next(loaded.parameters()).dtype
+    config._name_or_path = path.stem
+    with torch.device("meta"):
+        fresh = type(loaded)(config)
+    fresh.load_state_dict(loaded.state_dict(), assign=True, strict=False)
+    for name, buffer in loaded.named_buffers():
+        owner = fresh.get_submodule(name.rpartition(".")[0])
+        owner._buffers[name.rpartition(".")[2]] = buffer
+    fresh.tie_weights()
+    fresh.generation_config = loaded.generation_config
+    return fresh.eval(), _tokenizer(str(path.parent), **options)

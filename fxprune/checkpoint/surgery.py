@@ -1,0 +1,86 @@
+"""Shrink a dense model's modules to recorded shapes. Pure torch: this file travels inside per-layer checkpoints.
+
+The model is built from its dense configuration, so that every scalar computed from a size (an attention scale, an embedding
+multiplier) stays what the dense model has; then parameters, buffers and integer attributes are set to the recorded ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def apply_surgery(model: nn.Module, spec: dict[str, Any]) -> None:
+    """Make a freshly built dense model match a pruned checkpoint, in place.
+
+    Args:
+        model: The dense model; its values do not matter (they are loaded afterwards), it may be on the meta device.
+        spec: ``drop`` (list path -> entries that go), ``renumber`` (attribute names that hold an entry's number), ``shapes``
+            (parameter name -> shape), ``buffers`` (buffer name -> shape), ``attributes`` (module path -> attribute -> value).
+            All names are those after dropping.
+    """
+    for path, gone in spec.get("drop", {}).items():
+        drop_entries(model, path, gone, spec.get("renumber", {}).get(path, []))
+    replaced: dict[int, nn.Parameter] = {}
+    for name, shape in spec.get("shapes", {}).items():
+        owner, leaf = _owner(model, name)
+        old = owner._parameters[leaf]
+        assert old is not None
+        if id(old) not in replaced:  # tied parameters stay one object
+            empty = torch.empty(shape, dtype=old.dtype, device=old.device)
+            replaced[id(old)] = nn.Parameter(empty, requires_grad=old.requires_grad)
+        owner._parameters[leaf] = replaced[id(old)]
+    for name, shape in spec.get("buffers", {}).items():
+        owner, leaf = _owner(model, name)
+        old_buffer = owner._buffers[leaf]
+        assert old_buffer is not None
+        owner.register_buffer(leaf, torch.zeros(shape, dtype=old_buffer.dtype, device=old_buffer.device), persistent=True)
+        owner._fxprune_resized = True  # its values come from the checkpoint: they must not be initialised again
+    for path, attributes in spec.get("attributes", {}).items():
+        for key, value in attributes.items():
+            setattr(model.get_submodule(path), key, value)
+
+
+def shorten_config(config: Any, spec: dict[str, Any]) -> dict[str, Any]:
+    """Adapt what a configuration says of dropped entries: their number, and lists with one item each.
+
+    Args:
+        config: Changed in place, after the dense model was built from it.
+        spec: ``lengths`` (path of the list -> entries before) and ``drop`` (path -> entries that go).
+
+    Returns:
+        The top-level fields as they were.
+    """
+    before: dict[str, Any] = {}
+    for path, gone in spec.get("drop", {}).items():
+        length = spec["lengths"][path]
+        nested = [v for v in vars(config).values() if hasattr(v, "to_dict") and hasattr(v, "model_type")]
+        for part in [config, *nested]:
+            for key, value in list(vars(part).items()):
+                if part is config:
+                    before.setdefault(key, value)
+                if isinstance(value, (list, tuple)) and len(value) == length:
+                    setattr(part, key, type(value)(v for i, v in enumerate(value) if i not in set(gone)))
+                elif type(value) is int and value == length and "layer" in key:
+                    setattr(part, key, length - len(gone))
+    return {k: v for k, v in before.items() if getattr(config, k) != v}
+
+
+def drop_entries(model: nn.Module, path: str, gone: list[int], numbered: list[str]) -> None:
+    """Remove entries of a module list and renumber what the rest know about their place (KV caches index by it)."""
+    entries = model.get_submodule(path)
+    left = [m for i, m in enumerate(entries.children()) if i not in set(gone)]
+    for number, entry in enumerate(left):
+        for module in entry.modules():
+            for key in numbered:
+                if isinstance(vars(module).get(key), int):
+                    setattr(module, key, number)
+    parent, leaf = _owner(model, path)
+    parent._modules[leaf] = nn.ModuleList(left)
+
+
+def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return root.get_submodule(path), leaf

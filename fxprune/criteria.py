@@ -1,0 +1,107 @@
+"""Importance criteria: what one parameter element, or one unit's slice, contributes to the loss.
+
+Each criterion turns a parameter ``w`` and its gradient ``g`` into an element-wise statistic that adds up over the elements a unit
+owns. Sources: LLM-Pruner (arXiv 2305.11627), section 3.2: vector-wise importance (eq. 3), element-wise importance (eq. 5) with the
+diagonal of the empirical Fisher in place of the Hessian (eq. 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+
+from .errors import UsageError, nearest
+
+ElementScore: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""``(weight, gradient) -> statistic`` of the weight's shape; may overwrite the gradient."""
+
+UserCriterion: TypeAlias = Callable[[str, Tensor, Tensor], Tensor]
+"""A user's own: ``(parameter name, weight, gradient) -> scores`` of the weight's shape."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How a parameter is scored.
+
+    Attributes:
+        name: What users write.
+        formula: For tables and model cards.
+        element: The element-wise statistic, or None if no parameter is looked at.
+        gradient: True if a calibration gradient is needed.
+        per_sample: True if every calibration sample gives its own gradient (Fisher).
+        signed: True if the statistic is summed with its sign and the absolute value is taken per unit and parameter.
+        accumulate: True if the whole calibration set's gradient is needed at once, element by element.
+    """
+
+    name: str
+    formula: str
+    element: ElementScore | None = None
+    gradient: bool = True
+    per_sample: bool = False
+    signed: bool = False
+    accumulate: bool = False
+
+
+CRITERIA = {
+    c.name: c
+    for c in (
+        Criterion("random", "uniform noise, seeded", None, gradient=False),
+        Criterion("l1", "sum |w|", lambda w, g: w.abs(), gradient=False),
+        Criterion("l2", "sum w^2", lambda w, g: w.square(), gradient=False),
+        Criterion("taylor_vector", "|sum w g|", lambda w, g: g.mul_(w), signed=True),
+        Criterion("taylor1", "sum |w g|", lambda w, g: g.mul_(w).abs_()),
+        Criterion("taylor2", "sum |w h w|, h = mean g^2 over samples", lambda w, g: g.mul_(w).square_(), per_sample=True),
+        Criterion("taylor_mixed", "sum |w g - w h w / 2|", per_sample=True, accumulate=True),
+    )
+}
+
+AGGREGATIONS = ("sum", "mean", "max", "product", "last", "first")
+"""How the scores of a group's members become one: LLM-Pruner's summation, product, max-pooling and last-only, and two more."""
+
+
+def find_criterion(criterion: str | Criterion | UserCriterion) -> Criterion | UserCriterion:
+    """A built-in criterion by name; a `Criterion` or a user's callable is handed back.
+
+    Raises:
+        UsageError: An unknown name.
+    """
+    if isinstance(criterion, str):
+        if criterion not in CRITERIA:
+            raise UsageError(f"unknown criterion '{criterion}'; {nearest(criterion, CRITERIA)}")
+        return CRITERIA[criterion]
+    if not callable(criterion) and not isinstance(criterion, Criterion):
+        raise UsageError(f"a criterion is a name or a callable (name, weight, gradient) -> scores, not {criterion!r}")
+    return criterion
+
+
+def aggregate(scores: list[Tensor], how: str) -> Tensor:
+    """One score per unit from one per unit and member.
+
+    Args:
+        scores: For each member (in order of first use) a float tensor of shape ``[units]``.
+        how: One of `AGGREGATIONS`.
+
+    Raises:
+        UsageError: An unknown aggregation.
+    """
+    import torch
+
+    if how not in AGGREGATIONS:
+        raise UsageError(f"unknown aggregation '{how}'; {nearest(how, AGGREGATIONS)}")
+    stacked = torch.stack(scores)
+    match how:
+        case "sum":
+            return stacked.sum(0)
+        case "mean":
+            return stacked.mean(0)
+        case "max":
+            return stacked.amax(0)
+        case "product":
+            return stacked.prod(0)
+        case "last":
+            return stacked[-1]
+        case _:
+            return stacked[0]

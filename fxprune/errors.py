@@ -1,0 +1,48 @@
+"""What fxprune raises: one class per kind of trouble, each message a sentence a user can act on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FxPruneError(Exception):
+    """Base class of every error that fxprune raises on purpose."""
+
+
+class UsageError(FxPruneError, ValueError):
+    """An argument, option or file that the user gave cannot be used as it is."""
+
+
+class CaptureError(FxPruneError, RuntimeError):
+    """A model could not be traced into a graph."""
+
+
+class PlanError(FxPruneError, ValueError):
+    """A plan is impossible, or belongs to another model."""
+
+
+class VerificationError(FxPruneError, RuntimeError):
+    """The pruned network is not equal to its dense reference: nothing was written."""
+
+
+class CheckpointError(FxPruneError, RuntimeError):
+    """A checkpoint could not be written or read back faithfully."""
+
+
+def nearest(typed: str, choices: Iterable[str]) -> str:
+    """The tail of an error message that offers the closest valid choice, then all of them.
+
+    Args:
+        typed: What the user wrote.
+        choices: Every valid spelling.
+
+    Returns:
+        For example ``"did you mean 'taylor1'? Choose from: l1, l2, taylor1"``.
+    """
+    known = sorted(choices)
+    close = difflib.get_close_matches(typed, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    if len(known) > 24:
+        return f"{hint}There are {len(known)} to choose from, such as: {', '.join(known[:8])}, ..."
+    return f"{hint}Choose from: {', '.join(known) or '(nothing: there are none)'}"

@@ -1,0 +1,172 @@
+"""The plan: which units of which groups stay, frozen, in JSON, and good for any copy of the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import PlanError, nearest
+
+if TYPE_CHECKING:
+    from .groups import Groups
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class PrunePlan:
+    """What to keep. Build it with `fxprune.select` or `PrunePlan.from_keep`.
+
+    Attributes:
+        keep: For each pruned group the units that stay, a sorted LongTensor; groups not listed stay whole.
+        drop: Residual blocks that go whole, by module path.
+        sizes: Units of each listed group before pruning.
+        members: For each listed group the parameter dimensions it cuts, as ``[name, dim]``.
+        fingerprint: Of the model that the plan was made for.
+        recipe: The settings that made it, for people and for reproduction.
+        scores: Importance of each unit, if it was kept along.
+    """
+
+    keep: Mapping[str, Tensor]
+    drop: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    members: Mapping[str, list[list[Any]]] = field(default_factory=dict)
+    fingerprint: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def from_keep(
+        cls,
+        groups: Groups,
+        keep: Mapping[str, Tensor | Sequence[int]],
+        *,
+        drop: Iterable[str] = (),
+        recipe: Mapping[str, Any] | None = None,
+        scores: Mapping[str, Tensor] | None = None,
+    ) -> PrunePlan:
+        """A plan from explicit units.
+
+        Args:
+            groups: What `fxprune.find_groups` returned.
+            keep: Group name to the units that stay.
+            drop: Module paths of residual blocks to remove.
+            recipe: Settings to record.
+            scores: Scores to record.
+
+        Raises:
+            PlanError: An unknown or unprunable group, a unit out of range, or nothing left of a group.
+        """
+        chosen = {}
+        for name, units in keep.items():
+            if name not in groups:
+                raise PlanError(f"the plan names a prune group '{name}' that the model does not have; {nearest(name, groups)}")
+            chosen[name] = torch.unique(torch.as_tensor(units, dtype=torch.long).cpu().flatten())
+        chosen = {n: u for n, u in chosen.items() if len(u) != groups[n].size or u.tolist() != list(range(groups[n].size))}
+        plan = cls(
+            keep=chosen,
+            drop=tuple(dict.fromkeys(drop)),
+            sizes={n: groups[n].size for n in chosen},
+            members={n: [[m.name, m.dim] for m in groups[n].members] for n in chosen},
+            fingerprint=groups.fingerprint(),
+            recipe=dict(recipe or {}),
+            scores=dict(scores or {}),
+        )
+        plan.check(groups)
+        return plan
+
+    def check(self, groups: Groups) -> None:
+        """Raise `PlanError` unless the plan fits this model exactly."""
+        if self.fingerprint != groups.fingerprint():
+            raise PlanError(
+                f"the plan was made for another model (fingerprint {self.fingerprint or 'missing'}, this model has "
+                f"{groups.fingerprint()}): parameter names or shapes differ"
+            )
+        for name, units in self.keep.items():
+            if name not in groups:
+                raise PlanError(f"the plan names a prune group '{name}' that the model does not have; {nearest(name, groups)}")
+            group = groups[name]
+            if not group.prunable:
+                raise PlanError(f"group '{name}' cannot be pruned: {group.reason}")
+            if len(units) == 0:
+                raise PlanError(f"the plan keeps no unit of group '{name}': at least one must stay")
+            if int(units[0]) < 0 or int(units[-1]) >= group.size:
+                raise PlanError(f"the plan keeps unit {int(units[-1])} of group '{name}', which has units 0 to {group.size - 1}")
+        for path in self.drop:
+            if path not in groups.blocks:
+                raise PlanError(f"'{path}' is not a residual block that can be dropped; {nearest(path, groups.blocks)}")
+
+    def counts(self) -> dict[str, int]:
+        """Units kept by each listed group."""
+        return {n: len(u) for n, u in self.keep.items()}
+
+    def diff(self, other: PrunePlan) -> dict[str, dict[str, list[int] | list[str]]]:
+        """Units that only this plan keeps (``mine``) or only the other (``theirs``), for each group where they differ."""
+        changes: dict[str, dict[str, list[int] | list[str]]] = {}
+        for name in dict.fromkeys([*self.keep, *other.keep]):
+            size = self.sizes.get(name) or other.sizes[name]
+            mine, theirs = (set(p.keep[name].tolist()) if name in p.keep else set(range(size)) for p in (self, other))
+            if mine != theirs:
+                changes[name] = {"mine": sorted(mine - theirs), "theirs": sorted(theirs - mine)}
+        if set(self.drop) != set(other.drop):
+            changes["drop"] = {"mine": sorted(set(self.drop) - set(other.drop)), "theirs": sorted(set(other.drop) - set(self.drop))}
+        return changes
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` reads it back."""
+        return {
+            "fxprune_plan": FORMAT,
+            "fingerprint": self.fingerprint,
+            "recipe": dict(self.recipe),
+            "drop": list(self.drop),
+            "groups": {n: {"size": self.sizes[n], "keep": u.tolist(), "members": self.members[n]} for n, u in self.keep.items()},
+            **({"scores": {n: s.tolist() for n, s in self.scores.items()}} if self.scores else {}),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> PrunePlan:
+        """Read what `to_json` gave.
+
+        Raises:
+            PlanError: The data is no plan, or of a later format.
+        """
+        if not isinstance(data, dict) or data.get("fxprune_plan") != FORMAT:
+            raise PlanError(f"this is not an fxprune plan of format {FORMAT}")
+        try:
+            groups = data["groups"]
+            return cls(
+                keep={n: torch.tensor(g["keep"], dtype=torch.long) for n, g in groups.items()},
+                drop=tuple(data["drop"]),
+                sizes={n: int(g["size"]) for n, g in groups.items()},
+                members={n: g["members"] for n, g in groups.items()},
+                fingerprint=data["fingerprint"],
+                recipe=data["recipe"],
+                scores={n: torch.tensor(s) for n, s in data.get("scores", {}).items()},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"the plan is damaged: {error!r}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PrunePlan:
+        """Read a plan file.
+
+        Raises:
+            PlanError: The file is missing, is no JSON, or is no plan.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise PlanError(f"cannot read the plan '{path}': {error.strerror}") from error
+        except ValueError as error:
+            raise PlanError(f"'{path}' is not JSON: {error}") from error
+        return cls.from_json(data)

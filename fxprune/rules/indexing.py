@@ -1,0 +1,213 @@
+"""Operators that look up or order entries by number: the numbered dimension is pinned, the others pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..spaces import Space, size_of
+from .registry import Call, Resize, Spaces, Value, rule
+
+aten: Any = torch.ops.aten
+
+
+@rule(aten.select.int)
+def select(call: Call) -> Spaces:
+    """One entry of a pinned dimension."""
+    x, dim = call["self"], call["self"].axis(call["dim"])
+    call.pin(x[dim], "one entry is selected by number")
+    return [*x[:dim], *x[dim + 1 :]]
+
+
+@rule(aten.unbind)
+def unbind(call: Call) -> list[Spaces]:
+    """Every entry of a pinned dimension."""
+    x, dim = call["self"], call["self"].axis(call["dim"])
+    call.pin(x[dim], "entries are taken apart by number")
+    return [[*x[:dim], *x[dim + 1 :]] for _ in call.shapes]
+
+
+@rule(aten.index_select)
+def index_select(call: Call) -> Spaces:
+    """Entries by number along one dimension."""
+    x, dim = call["self"], call["self"].axis(call["dim"])
+    call.pin(x[dim], "entries are selected by number")
+    return [*x[:dim], *(call["index"] or [call.fresh(1)]), *x[dim + 1 :]]
+
+
+@rule(aten.index)
+def index(call: Call) -> Spaces:
+    """Advanced indexing: indexed dimensions are pinned, index tensors broadcast, the rest pass."""
+    x, indices = call["self"], list(call["indices"])
+    masks = [n for n, i in enumerate(indices) if i is not None and _boolean(call, n)]
+    if masks:
+        if len(masks) != sum(i is not None for i in indices) or len(masks) > 1:
+            return call.give_up("boolean indices together with others")[0]
+        return _masked(call, x, masks[0], indices[masks[0]])
+    indices += [None] * (len(x) - len(indices))
+    indexed = [d for d, i in enumerate(indices) if i is not None]
+    window = _constant_window(x, indices, indexed)
+    if window is not None:
+        dim, start, end = window
+        parts = call.split_concat(x[dim], [n for n in (start, end - start, x.shape[dim] - end) if n])
+        if start:
+            call.notes["before"] = parts[0]
+        call.notes["window"] = parts[1 if start else 0]
+        return [*x[:dim], call.notes["window"], *x[dim + 1 :]]
+    for d in indexed:
+        call.pin(x[d], "entries are looked up by number")
+    rank = max(len(indices[d]) for d in indexed)
+    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
+    at = indexed[0] if adjacent else 0
+    found = call.broadcast([indices[d] for d in indexed], call.shape[at : at + rank])
+    rest = [s for d, s in enumerate(x) if d not in indexed]
+    return [*rest[:at], *found, *rest[at:]]
+
+
+def _masked(call: Call, x: Value, at: int, mask: Value) -> Spaces:
+    """One boolean index: the dimensions that it runs over become one of unknown size."""
+    for space in (*mask, *x[at : at + len(mask)]):
+        call.pin(space, "a boolean index")
+    return [*x[:at], call.fresh(call.shape[at], pin="a boolean index"), *x[at + len(mask) :]]
+
+
+def _constant_window(x: Value, indices: list[Value | None], indexed: list[int]) -> tuple[int, int, int] | None:
+    """``(dim, start, end)`` if the one index is a constant list of neighbours, as in ``x[..., [-2], :]``: that is a slice."""
+    index = indices[indexed[0]]
+    size = x.shape[indexed[0]]
+    if len(indexed) > 1 or index is None or index.tensor is None or len(index) != 1 or not isinstance(size, int):
+        return None
+    if isinstance(index.tensor, torch.nn.Parameter) or index.tensor.is_meta or index.tensor.numel() == 0:
+        return None
+    numbers = [n % size for n in index.tensor.tolist()]
+    start, end = numbers[0], numbers[0] + len(numbers)
+    return (indexed[0], start, end) if numbers == list(range(start, end)) else None
+
+
+@index.resize
+def _index(call: Resize) -> dict[str, Any]:
+    if "window" not in call.notes:
+        return {}
+    dim = next(d for d, i in enumerate(call["indices"]) if i is not None)
+    before = call.kept(call.notes["before"]) if "before" in call.notes else 0
+    call.node.target = aten.slice.Tensor
+    call.node.args, call.node.kwargs = (call["self"], dim, before, before + call.kept(call.notes["window"])), {}
+    return {}
+
+
+def _boolean(call: Call, position: int) -> bool:
+    node: Any = call.node.args[1]
+    value = node[position].meta.get("val")
+    return value is not None and value.dtype in (torch.bool, torch.uint8)
+
+
+@rule(aten.gather)
+def gather(call: Call) -> Spaces:
+    """Numbered look-up along one dimension; the index gives the result its shape."""
+    x, numbers = call["self"], call["index"]
+    dim = x.axis(call["dim"])
+    for d, (mine, theirs) in enumerate(zip(x, numbers, strict=True)):
+        if d == dim:
+            call.pin(mine, "entries are looked up by number")
+        else:
+            _same_or_pin(call, mine, theirs)
+    return numbers.dims  # type: ignore[no-any-return]
+
+
+@rule(aten.scatter, aten.scatter_add, aten.scatter_reduce)
+def scatter(call: Call) -> Spaces:
+    """Entries written by number along one dimension."""
+    x, numbers, source = call["self"], call["index"], call.get("src")
+    dim = x.axis(call["dim"])
+    for d, space in enumerate(x):
+        others = [t[d] for t in (numbers, source) if isinstance(t, Value)]
+        for other in others:
+            if d == dim:
+                call.pin(other, "entries are written by number")
+            else:
+                _same_or_pin(call, space, other)
+    call.pin(x[dim], "entries are written by number")
+    return x.dims  # type: ignore[no-any-return]
+
+
+@rule(aten.index_add, aten.index_copy)
+def index_add(call: Call) -> Spaces:
+    """Slices written by number along one dimension."""
+    x, source = call["self"], call["source"]
+    dim = x.axis(call["dim"])
+    for d, (mine, theirs) in enumerate(zip(x, source, strict=True)):
+        if d == dim:
+            call.pin(mine, "entries are written by number")
+            call.pin(theirs, "entries are written by number")
+        else:
+            _same_or_pin(call, mine, theirs)
+    call.pin(call["index"][0], "entries are written by number")
+    return x.dims  # type: ignore[no-any-return]
+
+
+def _same_or_pin(call: Call, mine: Space, theirs: Space) -> None:
+    if size_of(mine) == size_of(theirs):
+        call.unify(mine, theirs)
+    else:
+        call.pin(mine, "only the first entries are taken")
+        call.pin(theirs, "only the first entries are taken")
+
+
+@rule(aten.diff)
+def diff(call: Call) -> Spaces:
+    """Neighbours along one dimension (pinned), with tensors put before and after."""
+    x = call["self"]
+    dim = x.axis(call["dim"])
+    for other in (call["prepend"], call["append"]):
+        for d, space in enumerate(other or ()):
+            if d == dim:
+                call.pin(space, "position matters")
+            else:
+                call.unify(x[d], space)
+    return ordered(call)  # type: ignore[no-any-return]
+
+
+@rule(aten.topk, aten.sort, aten.argsort, aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin)
+def ordered(call: Call) -> Any:
+    """Position matters along one dimension (pinned)."""
+    x = call["self"]
+    if not len(x):
+        return call.give_up("a scalar")[0]
+    dim = x.axis(call["dim"])
+    call.pin(x[dim], "position matters")
+    outs = [[*x[:dim], call.fresh(s[dim], pin="position matters"), *x[dim + 1 :]] for s in call.shapes]
+    return outs[0] if len(outs) == 1 else outs
+
+
+@rule(aten.flip, aten.roll)
+def moved(call: Call) -> Spaces:
+    """Entries change places along the given dimensions (pinned)."""
+    x, dims = call["self"], call["dims"]
+    for d in dims or range(len(x)):
+        call.pin(x[d], "entries change places")
+    return x.dims  # type: ignore[no-any-return]
+
+
+@rule(aten.triu, aten.tril)
+def triangle(call: Call) -> Spaces:
+    """Rows and columns are compared by number."""
+    x = call["self"]
+    for space in x[-2:]:
+        call.pin(space, "rows and columns are compared by number")
+    return x.dims  # type: ignore[no-any-return]
+
+
+@rule(aten.pad, aten.constant_pad_nd)
+def pad(call: Call) -> Spaces:
+    """Padded dimensions are pinned."""
+    x, widths = call["self"], call["pad"]
+    padded = len(widths) // 2
+    out = list(x)
+    for i in range(padded):
+        d = len(x) - 1 - i
+        if widths[2 * i] == 0 and widths[2 * i + 1] == 0:
+            continue
+        call.pin(x[d], "padded")
+        out[d] = call.fresh(call.shape[d], pin="padded")
+    return out

@@ -1,0 +1,103 @@
+"""Elementwise operators, those that hand their input on unchanged, and those that create tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .registry import Call, Spaces, rule
+
+aten: Any = torch.ops.aten
+
+
+@rule(
+    "pointwise",
+    aten.masked_fill,
+    aten.dropout,
+    aten.feature_dropout,
+    aten.alpha_dropout,
+    aten.native_dropout,
+    aten.where.self,
+    aten.where.ScalarSelf,
+    aten.where.ScalarOther,
+    aten.where.Scalar,
+    aten.__and__,
+    aten.__or__,
+    aten.__xor__,
+    aten.relu6,
+    aten.log_sigmoid,
+    aten.hardswish,
+    aten.selu,
+    aten.isfinite,
+    aten.square,
+    aten.rsub,
+    aten.true_divide,
+    aten.floor_divide,
+)
+def pointwise(call: Call) -> Any:
+    """Broadcast-unify every operand."""
+    out = call.broadcast(list(call.tensors()), call.shape)
+    return out if len(call.shapes) == 1 else [out for _ in call.shapes]
+
+
+@rule(
+    aten.to,
+    aten._to_copy,
+    aten.contiguous,
+    aten.clone,
+    aten.alias,
+    aten.detach,
+    aten.lift_fresh_copy,
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+    aten.empty_like,
+    aten.type_as,
+    aten.fill,
+    aten._conj,
+    aten.resolve_conj,
+    aten.resolve_neg,
+)
+def identity(call: Call) -> Spaces:
+    """The first tensor's dimensions pass; a second one only lends its dtype or value."""
+    return next(call.tensors()).dims
+
+
+@rule(aten.copy)
+def copy(call: Call) -> Spaces:
+    """``src`` broadcast to the shape of ``self``."""
+    return call.broadcast([call["self"], call["src"]], call.shape)
+
+
+@rule(aten.glu)
+def glu(call: Call) -> Spaces:
+    """First half times the sigmoid of the second: the halves unify."""
+    x, dim = call["self"], call["self"].axis(call["dim"])
+    half = call.shape[dim]
+    if not isinstance(half, int):
+        return call.give_up("glu over a symbolic dimension")[0]
+    first, second = call.split_concat(x[dim], [half, half])
+    return [*x[:dim], call.unify(first, second), *x[dim + 1 :]]
+
+
+@rule(
+    aten.zeros,
+    aten.ones,
+    aten.full,
+    aten.empty,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+    aten.new_empty,
+    sizes="size",
+)
+def constant(call: Call) -> Spaces:
+    """One value everywhere: any size will do."""
+    return [call.fresh(n) for n in call.shape]
+
+
+@rule(aten.arange, aten.linspace, aten.eye, aten.tril_indices, aten.triu_indices, aten.scalar_tensor)
+def numbered(call: Call) -> Spaces:
+    """Entries that differ by position: the sizes stay."""
+    return [call.fresh(n, pin="numbers positions") for n in call.shape]

@@ -1,0 +1,350 @@
+"""Operators that rearrange a tensor: view, transpose, expand, slice, split, cat and their kin."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from ..spaces import ONE, Size, Space, Sym, concat, leaves, product, size_of
+from .registry import Call, Resize, Spaces, Value, rule
+
+aten: Any = torch.ops.aten
+
+
+def segments(old: Sequence[Size], new: Sequence[Size]) -> Iterator[tuple[slice, slice]]:
+    """Cut two shapes of equal volume into the smallest runs of equal product: what a view regroups.
+
+    Sizes may be sympy expressions. ``(b, s, 12) -> (b, s, 3, 4)`` gives ``b|b, s|s, 12|(3, 4)``.
+    """
+    i = j = 0
+    while i < len(old) or j < len(new):
+        i0, j0 = i, j
+        left: Size = 1
+        right: Size = 1
+        if i < len(old):
+            left, i = old[i], i + 1
+        if j < len(new):
+            right, j = new[j], j + 1
+        while left != right and (i < len(old) or j < len(new)):
+            take_new = j < len(new) and (i >= len(old) or _divides(right, left))
+            if take_new:
+                right, j = right * new[j], j + 1
+            else:
+                left, i = left * old[i], i + 1
+            left, right = sympy.expand(left) if _sym(left) else left, sympy.expand(right) if _sym(right) else right
+        yield slice(i0, i), slice(j0, j)
+
+
+def _sym(size: Size) -> bool:
+    return not isinstance(size, int)
+
+
+def _divides(small: Size, large: Size) -> bool:
+    """True if ``large`` is a multiple of ``small``, so that ``small`` is the side to grow."""
+    if _sym(small) or _sym(large):
+        ratio = sympy.cancel(sympy.sympify(large) / small)
+        return bool(ratio.is_polynomial()) and all(c.is_integer for c in sympy.Poly(ratio).coeffs()) if ratio.free_symbols else (
+            bool(ratio.is_integer)
+        )
+    return bool(small < large)
+
+
+def regroup(call: Call, dims: Sequence[Space], shape: Sequence[Size]) -> Spaces:
+    """The spaces after a view of ``dims`` as ``shape``."""
+    out: Spaces = []
+    for old, new in segments([size_of(d) for d in dims], shape):
+        flat = product(*dims[old])
+        sizes = list(shape[new])
+        whole = size_of(flat)
+        if not sizes:
+            continue  # size-1 dimensions that went away
+        if (_sym(whole) or any(map(_sym, sizes))) and len(sizes) > 1 and not any(True for _ in leaves(flat)):
+            out += [call.fresh(n, pin="cut from a symbolic dimension") for n in sizes]
+        elif len(sizes) == 1 and _sym(sizes[0]) != _sym(whole):
+            call.pin(flat, "viewed as a dimension of another nature")
+            out.append(call.fresh(sizes[0], pin="viewed as a dimension of another nature"))
+        else:
+            out += call.split_product(flat, sizes)
+    return out
+
+
+@rule(aten.view.default, aten.reshape, aten._unsafe_view, sizes="size")
+def view(call: Call) -> Spaces:
+    """Minimal segments of equal product unify as row-major Products."""
+    return regroup(call, call["self"].dims, call.shape)
+
+
+@view.resize
+def _view(call: Resize) -> dict[str, Any]:
+    name = "shape" if "shape" in call.arguments else "size"
+    return {name: [call.size(n, s) for n, s in zip(call[name], call.outputs[0], strict=True)]}
+
+
+@rule(aten.flatten.using_ints)
+def flatten(call: Call) -> Spaces:
+    """A view whose sizes follow from its input."""
+    return regroup(call, call["self"].dims, call.shape)
+
+
+@rule(aten.view_as, aten.reshape_as)
+def view_as(call: Call) -> Spaces:
+    """A view whose sizes follow from another tensor."""
+    out = regroup(call, call["self"].dims, call.shape)
+    return [call.unify(mine, theirs) for mine, theirs in zip(out, call["other"], strict=True)]
+
+
+@rule(aten.unflatten.int, sizes=None)
+def unflatten(call: Call) -> Spaces:
+    """A view of one dimension."""
+    return regroup(call, call["self"].dims, call.shape)
+
+
+@unflatten.resize
+def _unflatten(call: Resize) -> dict[str, Any]:
+    x = call.inputs["self"]
+    made = call.outputs[0][x.axis(call["dim"]) :]
+    return {"sizes": [call.size(n, s) for n, s in zip(call["sizes"], made, strict=False)]}
+
+
+@rule(aten.transpose.int, aten.swapaxes, aten.swapdims)
+def transpose(call: Call) -> Spaces:
+    """Two dimensions trade places."""
+    x = call["self"]
+    names = [n for n in ("dim0", "axis0") if call.get(n) is not None], [n for n in ("dim1", "axis1") if call.get(n) is not None]
+    a, b = x.axis(call[names[0][0]]), x.axis(call[names[1][0]])
+    dims = list(x)
+    dims[a], dims[b] = dims[b], dims[a]
+    return dims
+
+
+@rule(aten.t, aten.numpy_T, aten.mT, aten.adjoint, aten.mH)
+def turned(call: Call) -> Spaces:
+    """Reversed dimensions (``t``, ``.T``), or the last two swapped (``.mT``)."""
+    x = call["self"]
+    if getattr(call.node.target, "overloadpacket", None) in (aten.t, aten.numpy_T):
+        return x[::-1]  # type: ignore[no-any-return]
+    return [*x[:-2], x[-1], x[-2]]
+
+
+@rule(aten.permute)
+def permute(call: Call) -> Spaces:
+    """Reordered dimensions."""
+    return [call["self"][d] for d in call["dims"]]
+
+
+@rule(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
+def movedim(call: Call) -> Spaces:
+    """Dimensions moved to other places."""
+    x = call["self"]
+    source, target = ([n] if isinstance(n, int) else list(n) for n in (call["source"], call["destination"]))
+    moved = {x.axis(t): x.axis(s) for s, t in zip(source, target, strict=True)}
+    rest = iter(d for d in range(len(x)) if d not in moved.values())
+    return [x[moved[i]] if i in moved else x[next(rest)] for i in range(len(x))]
+
+
+@rule(aten.unsqueeze)
+def unsqueeze(call: Call) -> Spaces:
+    """A new dimension of size 1."""
+    x, dim = call["self"], call["dim"]
+    at = dim if dim >= 0 else dim + len(x) + 1
+    return [*x[:at], ONE, *x[at:]]
+
+
+@rule(aten.squeeze)
+def squeeze(call: Call) -> Spaces:
+    """Dimensions of size 1 go away; which ones is fixed by the dense model."""
+    x = call["self"]
+    gone = _vanishing(x, call.get("dim"))
+    return [s for i, s in enumerate(x) if i not in gone]
+
+
+@squeeze.resize
+def _squeeze(call: Resize) -> dict[str, Any]:
+    """Name the dimensions: one that pruning brings down to size 1 must not vanish too."""
+    gone = _vanishing(call.inputs["self"], call.arguments.get("dim"))
+    call.node.target = aten.squeeze.dims
+    call.node.args, call.node.kwargs = (call["self"], gone), {}
+    return {}
+
+
+def _vanishing(x: Value, dim: int | Sequence[int] | None) -> list[int]:
+    named = range(len(x)) if dim is None else [x.axis(d) for d in ([dim] if isinstance(dim, int) else dim)]
+    return [i for i, size in enumerate(x.shape) if i in named and size == 1]
+
+
+@rule(aten.expand, aten.broadcast_to, sizes="size")
+def expand(call: Call) -> Spaces:
+    """A broadcast dimension becomes a new axis: this is how the query groups of GQA appear."""
+    x = call["self"]
+    missing = len(call.shape) - len(x)
+    out: Spaces = []
+    for i, size in enumerate(call.shape):
+        old = x[i - missing] if i >= missing else ONE
+        out.append(old if size_of(old) == size and size != 1 else call.fresh(size, mark="expanded"))
+    return out
+
+
+@rule(aten.expand_as)
+def expand_as(call: Call) -> Spaces:
+    """Broadcast to another tensor's shape, which the result follows."""
+    return call.broadcast([call["self"], call["other"]], call.shape)
+
+
+@rule(aten.repeat)
+def repeat(call: Call) -> Spaces:
+    """Tiles: Product(new, old)."""
+    x, times = call["self"], call["repeats"]
+    dims = [ONE] * (len(times) - len(x)) + list(x)
+    return [s if t == 1 else product(call.fresh(t, mark="expanded"), s) for t, s in zip(times, dims, strict=True)]
+
+
+@repeat.resize
+def _repeat(call: Resize) -> dict[str, Any]:
+    x, times = call.inputs["self"], call["repeats"]
+    dims = [ONE] * (len(times) - len(x)) + list(x)
+    out = call.outputs[0]
+    return {
+        "repeats": [
+            call.kept(o) // call.kept(s) if isinstance(t, int) and isinstance(size_of(o), int) else t
+            for t, s, o in zip(times, dims, out, strict=True)
+        ]
+    }
+
+
+@rule(aten.repeat_interleave.self_int)
+def repeat_interleave(call: Call) -> Spaces:
+    """Each entry several times: Product(old, new)."""
+    x, dim, times = call["self"], call["dim"], call["repeats"]
+    if dim is None or not isinstance(times, int) or _sym(call.shape[dim]):
+        return call.give_up("repeat_interleave without a static dimension")[0]
+    at = x.axis(dim)
+    return [*x[:at], product(x[at], call.fresh(times, mark="expanded")), *x[at + 1 :]]
+
+
+@repeat_interleave.resize
+def _repeat_interleave(call: Resize) -> dict[str, Any]:
+    x = call.inputs["self"]
+    at = x.axis(call["dim"])
+    after = call.kept(call.outputs[0][at])
+    return {"repeats": after // call.kept(x[at]), **({"output_size": after} if call["output_size"] is not None else {})}
+
+
+def _window(call: Any, x: Any) -> tuple[int, int, int, int] | None:
+    """Static ``(start, end, step, size)`` of a slice, clamped as Python does; None if the dimension is symbolic."""
+    size = size_of(x[x.axis(call["dim"])])
+    start, end, step = call["start"], call["end"], call["step"]
+    start, end = 0 if start is None else start, sys.maxsize if end is None else end
+    if not all(isinstance(n, int) for n in (size, start, end, step)):
+        return None
+    begin, stop, _ = slice(start, end).indices(size)
+    return begin, max(begin, stop), step, size
+
+
+@rule(aten.slice.Tensor)
+def slice_(call: Call) -> Spaces:
+    """A window is one part of a Concat; every k-th entry is the outer factor of Product(n/k, k)."""
+    x = call["self"]
+    dim = x.axis(call["dim"])
+    space, window = x[dim], _window(call, x)
+    if window is None:
+        call.pin(space, "a slice with a symbolic bound")
+        return [*x[:dim], call.fresh(call.shape[dim], pin="a slice with a symbolic bound"), *x[dim + 1 :]]
+    start, end, step, size = window
+    if (start, end, step) == (0, size, 1):
+        out = space
+    elif start == end:
+        out = call.fresh(0)
+    elif step == 1:
+        parts = call.split_concat(space, [n for n in (start, end - start, size - end) if n])
+        out = parts[1 if start else 0]
+        if start:
+            call.notes["before"] = parts[0]
+    elif end == size and size % step == 0 and start < step:
+        out, inner = call.split_product(space, [size // step, step])
+        call.pin(inner, "every k-th entry is taken")
+    else:
+        call.pin(space, "an uneven strided slice")
+        out = call.fresh(call.shape[dim], pin="an uneven strided slice")
+    return [*x[:dim], out, *x[dim + 1 :]]
+
+
+@slice_.resize
+def _slice(call: Resize) -> dict[str, Any]:
+    x = call.inputs["self"]
+    window = _window(call, x)
+    if window is None or window[2] != 1:
+        return {}
+    start, end, _, size = window
+    dim = x.axis(call["dim"])
+    if (start, end) == (0, size):
+        return {}
+    if start == end:
+        return {"start": 0, "end": 0}
+    before = call.kept(call.notes["before"]) if start else 0
+    return {"start": before, "end": before + call.kept(call.outputs[0][dim])}
+
+
+@rule(aten.split.Tensor, aten.split_with_sizes, aten.split.sizes, aten.chunk, aten.unsafe_split.Tensor, aten.tensor_split.sections)
+def split(call: Call) -> list[Spaces]:
+    """Consecutive pieces: the parts of a Concat."""
+    x = call["self"]
+    dim = x.axis(call["dim"])
+    sizes = [shape[dim] for shape in call.shapes]
+    if not all(isinstance(n, int) for n in sizes):
+        return call.give_up("a split of a symbolic dimension")
+    parts = call.split_concat(x[dim], sizes)
+    return [[*x[:dim], part, *x[dim + 1 :]] for part in parts]
+
+
+@split.resize
+def _split(call: Resize) -> dict[str, Any]:
+    dim = call.inputs["self"].axis(call["dim"])
+    sizes = [call.kept(out[dim]) for out in call.outputs]
+    call.node.target = aten.split_with_sizes.default
+    call.node.args, call.node.kwargs = (call["self"], sizes, call["dim"]), {}
+    return {}
+
+
+@rule(aten.cat)
+def cat(call: Call) -> Spaces:
+    """One after another: a Concat; the other dimensions unify."""
+    operands = [t for t in call["tensors"] if not (len(t) == 1 and len(call.shape) > 1)]
+    dim = call["dim"] + len(call.shape) if call["dim"] < 0 else call["dim"]
+    out: Spaces = []
+    for i, size in enumerate(call.shape):
+        column = [t[i] for t in operands]
+        if i != dim:
+            out.append(call.broadcast([[s] for s in column], [size])[0])
+        elif _sym(size):
+            for s in column:
+                call.pin(s, "concatenated with a symbolic dimension")
+            out.append(Sym(size))
+        else:
+            out.append(concat(*column))
+    return out
+
+
+@rule(aten.stack)
+def stack(call: Call) -> Spaces:
+    """A new dimension that numbers the operands (pinned); theirs unify."""
+    dim = call["dim"] + len(call.shape) if call["dim"] < 0 else call["dim"]
+    rest = call.broadcast(call["tensors"], [n for i, n in enumerate(call.shape) if i != dim])
+    return [*rest[:dim], call.fresh(call.shape[dim], pin="numbers stacked tensors"), *rest[dim:]]
+
+
+@rule(aten.view_as_complex)
+def view_as_complex(call: Call) -> Spaces:
+    """The last dimension of size 2 becomes the complex number."""
+    x = call["self"]
+    call.pin(x[-1], "real and imaginary part")
+    return x[:-1]  # type: ignore[no-any-return]
+
+
+@rule(aten.view_as_real)
+def view_as_real(call: Call) -> Spaces:
+    """A new last dimension of size 2."""
+    return [*call["self"], call.fresh(2, pin="real and imaginary part")]

@@ -1,0 +1,161 @@
+"""Index-space inference over a traced graph: runs every node's rule, in order, once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ..rules import Call, Value, rule_for
+from ..rules.registry import bind
+from ..spaces import Size, fresh, leaves, pin, size_of
+
+log = logging.getLogger("fxprune")
+
+
+@dataclass
+class Inference:
+    """What inference found: the spaces of every tensor in the graph.
+
+    Attributes:
+        values: For each node (by name) a `Value`, a list of them, a size, or None for what is no tensor.
+        calls: The `Call` of each operator node, with what its rule noted.
+        tensors: The `Value` of each parameter, buffer and constant, by its name in the graph.
+        first_use: Position in the graph of the first operator that reads each of them.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    calls: dict[str, Call] = field(default_factory=dict)
+    tensors: dict[str, Value] = field(default_factory=dict)
+    first_use: dict[str, int] = field(default_factory=dict)
+
+
+def infer(gm: GraphModule, *, pin_inputs: bool = True) -> Inference:
+    """Infer the space of every dimension in a canonical graph.
+
+    Args:
+        gm: What `fxprune.trace` returned.
+        pin_inputs: Pin the graph's inputs and outputs, as a model's interface must be. Off only to study single operators.
+    """
+    found = Inference()
+    for position, node in enumerate(gm.graph.nodes):
+        if node.op == "get_attr":
+            found.values[node.name] = _attribute(found, gm, node)
+        elif node.op == "placeholder":
+            found.values[node.name] = _shaped(node, lambda n: fresh(n, pin="a model input" if pin_inputs else None))
+        elif node.op == "output":
+            if pin_inputs:
+                for source in node.all_input_nodes:
+                    _pin_all(found.values[source.name], "a model output")
+        else:
+            for source in node.all_input_nodes:
+                if source.op == "get_attr":
+                    found.first_use.setdefault(str(source.target), position)
+            found.values[node.name] = _operator(found, node)
+    return found
+
+
+def _attribute(found: Inference, gm: GraphModule, node: Node) -> Any:
+    name = str(node.target)
+    if name not in found.tensors:
+        tensor: Any = gm
+        for piece in name.split("."):
+            tensor = getattr(tensor, piece)
+        if not isinstance(tensor, Tensor):
+            return None
+        found.tensors[name] = Value([fresh(n) for n in tensor.shape], weight=True, tensor=tensor)
+    return found.tensors[name]
+
+
+def _size(n: Any) -> Size:
+    return n.node.expr if isinstance(n, torch.SymInt) else n
+
+
+def _shaped(node: Node, make: Callable[[Size], Any], **facts: Any) -> Any:
+    """A `Value` (or a list of them, or a size) in the form of the node's example value."""
+
+    def of(val: Any) -> Any:
+        if isinstance(val, Tensor):
+            return Value([make(_size(n)) for n in val.shape], **facts)
+        if isinstance(val, list | tuple):
+            return [of(v) for v in val]
+        return _size(val) if isinstance(val, int | torch.SymInt) and not isinstance(val, bool) else None
+
+    return of(node.meta.get("val"))
+
+
+def tensor_list(value: Any) -> list[Value]:
+    """Every `Value` in what inference stored for a node."""
+    if isinstance(value, Value):
+        return [value]
+    return [v for item in value for v in tensor_list(item)] if isinstance(value, list) else []
+
+
+def _pin_all(value: Any, reason: str) -> None:
+    for tensor in tensor_list(value):
+        for space in tensor:
+            pin(space, reason)
+
+
+def _operator(found: Inference, node: Node) -> Any:
+    if getattr(node.target, "__name__", "") == "getitem":
+        source = found.values[node.args[0].name]  # type: ignore[union-attr]
+        return source[node.args[1]] if isinstance(source, list) else None
+    outputs = tensor_list(_shaped(node, fresh))
+    arguments = torch.fx.node.map_arg(bind(node), lambda n: found.values.get(n.name))
+    call = Call(node, dict(arguments), [v.shape for v in outputs])
+    found.calls[node.name] = call
+    if not outputs:
+        return _scalar(call)
+    tensors = list(call.tensors())
+    weight = bool(tensors) and all(t.weight for t in tensors)
+    results = _apply(call)
+    made = [Value(dims, weight=weight) for dims in results]
+    return made if isinstance(node.meta["val"], list | tuple) else made[0]
+
+
+def _scalar(call: Call) -> Any:
+    """A size or another scalar: taken from a dimension that could shrink, it pins that dimension."""
+    node = call.node
+    name = str(getattr(node.target, "overloadpacket", node.target))
+    for tensor in call.tensors():
+        picked = [tensor[call["dim"]]] if name.endswith("sym_size") else tensor
+        for space in picked:
+            call.pin(space, "its size is computed with")
+    val = node.meta.get("val")
+    return _size(val) if isinstance(val, int | torch.SymInt) else None
+
+
+def _apply(call: Call) -> list[list[Any]]:
+    """Run the node's rule; whatever is not covered, or does not add up, pins all that the node touches."""
+    found = rule_for(call.node.target)
+    if found is None:
+        return call.give_up("there is no rule")
+    try:
+        result = found(call)
+    except Exception as error:  # noqa: BLE001 - an incomplete rule must never become a wrong one
+        log.warning("the rule for %s failed: %r", call.why, error)
+        return call.give_up(f"the rule failed ({type(error).__name__})")
+    many = bool(result) and isinstance(result[0], list | tuple | Value)
+    results = [list(r) for r in result] if many else [list(result)]
+    if len(results) != len(call.shapes) or not all(map(_fits, results, call.shapes)):
+        log.warning("the rule for %s gave %s for shapes %s", call.why, results, call.shapes)
+        return call.give_up("the rule does not cover this case")
+    return results
+
+
+def _fits(dims: list[Any], shape: list[Size]) -> bool:
+    sizes = [size_of(s) for s in dims]
+    return len(sizes) == len(shape) and all(
+        isinstance(a, int) == isinstance(b, int) and (a == b or not isinstance(a, int)) for a, b in zip(sizes, shape, strict=True)
+    )
+
+
+def axes_of(value: Any) -> set[Any]:
+    """Every free axis of a node's value."""
+    return {axis for tensor in tensor_list(value) for space in tensor for axis in leaves(space)}

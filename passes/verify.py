@@ -1,0 +1,378 @@
+"""The verify pass: the pruned module against the masked dense graph, computed in a different way.
+
+The reference never slices a parameter and never uses a resize rule. It runs the *dense* graph with the removed units' parameter
+slices set to zero; where an operator averages, normalises or contracts over an axis that lost units, the statistic is taken over
+the kept units, by masks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from ..errors import UsageError, VerificationError
+from ..groups import Groups
+from ..plan import PrunePlan
+from ..spaces import Axis, Space, kept
+from .base import Pass
+from .dependency import groups_of
+
+aten: Any = torch.ops.aten
+
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+"""Largest relative error that rounding explains, by dtype."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What verification measured.
+
+    Attributes:
+        max_rel_error: ``max |pruned - reference| / max |reference|`` over all floating-point outputs.
+        tolerance: What was allowed.
+        reference: What it was compared with, in words.
+        outputs: Number of output tensors compared.
+        seconds: Time taken.
+    """
+
+    max_rel_error: float
+    tolerance: float
+    reference: str
+    outputs: int
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """True if the error is within tolerance (NaN is not)."""
+        return self.max_rel_error <= self.tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "ok": self.ok}
+
+
+class VerifyPass(Pass):
+    """Check a pruned module against the dense one.
+
+    The module passed in is the pruned one; the report is left in ``gm.meta["fxprune.verify"]``.
+
+    Args:
+        dense: The traced dense module.
+        plan: The plan that lies between them.
+        inputs: Example inputs, a mapping or a tuple.
+        tolerance: Largest relative error; by default by dtype (1e-4 in float32).
+    """
+
+    def __init__(self, dense: GraphModule, plan: PrunePlan, inputs: Any, *, tolerance: float | None = None) -> None:
+        super().__init__()
+        self.dense, self.plan, self.inputs, self.tolerance = dense, plan, inputs, tolerance
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        """Measure, annotate, and raise `VerificationError` above tolerance."""
+        report = verify(self.dense, graph_module, self.plan, self.inputs, tolerance=self.tolerance)
+        graph_module.meta["fxprune.verify"] = report
+        if not report.ok:
+            raise VerificationError(
+                f"the pruned network differs from its reference ({report.reference}): relative error "
+                f"{report.max_rel_error:.2e}, allowed {report.tolerance:.0e}"
+            )
+        return PassResult(graph_module, False)
+
+
+def verify(gm: GraphModule, small: nn.Module, plan: PrunePlan, inputs: Any, *, tolerance: float | None = None) -> VerifyReport:
+    """Compare a pruned module with the masked dense graph.
+
+    Args:
+        gm: The traced dense module.
+        small: The pruned module, called like ``gm``.
+        plan: The plan that lies between them.
+        inputs: Example inputs: a mapping of keyword arguments, a tuple, or one tensor.
+        tolerance: Largest relative error; by default by dtype.
+
+    Returns:
+        A report; look at ``max_rel_error`` and ``ok``. Nothing is raised for a large error.
+
+    Raises:
+        PlanError: The plan belongs to another model.
+        UsageError: The model is on the meta device and cannot be run.
+    """
+    start = time.perf_counter()
+    groups = groups_of(gm)
+    plan.check(groups)
+    if any(p.is_meta for p in gm.parameters()):
+        raise UsageError("a model on the meta device has no numbers to verify")
+    args: tuple[Any, ...] = ()
+    kwargs = inputs
+    if isinstance(inputs, Tensor):
+        args, kwargs = (inputs,), {}
+    elif isinstance(inputs, tuple | list):
+        args, kwargs = tuple(inputs), {}
+    with torch.no_grad():
+        reference = _Reference(gm, groups, plan)
+        expected = reference.call_like_module(args, kwargs)
+        actual = small(*args, **kwargs)
+    compared = _floats(expected)
+    return VerifyReport(
+        max_rel_error=relative_error(expected, actual),
+        tolerance=tolerance if tolerance is not None else tolerance_of(gm),
+        reference="masked dense, statistics over the kept units" if reference.adjusted else "masked dense",
+        outputs=len(compared),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def tolerance_of(module: nn.Module) -> float:
+    """The default tolerance for a module's parameters' dtype."""
+    return max((TOLERANCES.get(p.dtype, 0.0) for p in module.parameters()), default=1e-4)
+
+
+def relative_error(expected: Any, actual: Any) -> float:
+    """``max |actual - expected| / max |expected|`` over all floating-point tensors of two outputs; infinite if they differ in form.
+
+    NaN anywhere gives NaN.
+    """
+    pairs = list(zip(_floats(expected), _floats(actual), strict=False))
+    if not pairs or len(_floats(expected)) != len(_floats(actual)):
+        return float("inf")
+    errors = [_relative(e, a) for e, a in pairs]
+    return float("nan") if any(e != e for e in errors) else max(errors)
+
+
+def _relative(expected: Tensor, actual: Tensor) -> float:
+    if expected.shape != actual.shape:
+        return float("inf")
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return float((expected.double() - actual.double()).abs().max() / scale.double())
+
+
+def _floats(output: Any) -> list[Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+class _Reference(Interpreter):
+    """The dense graph with removed parameter slices at zero and reductions over the kept units."""
+
+    def __init__(self, gm: GraphModule, groups: Groups, plan: PrunePlan) -> None:
+        super().__init__(gm)
+        self.groups = groups
+        self.choice: dict[Axis, Tensor] = {groups[n].axis: u for n, u in plan.keep.items()}
+        self.masked = _masked_tensors(groups, plan)
+        self.adjusted = False
+
+    def call_like_module(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run with the module's own calling convention."""
+        graph = cast(GraphModule, self.module).graph
+        codegen: Any = graph._codegen
+        if not hasattr(codegen, "pytree_info"):
+            names = [n.target for n in graph.nodes if n.op == "placeholder"]
+            flat = [*args, *(kwargs[str(n)] for n in names[len(args) :])]
+            return self.run(*flat)
+        keywords = codegen.pytree_info.in_spec.child(1)
+        wanted = list(keywords.context) if keywords.num_children else []
+        flat, _ = torch.utils._pytree.tree_flatten((tuple(args), {k: kwargs[k] for k in wanted}))
+        return self.run(*flat, enable_io_processing=False)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.masked[target] if target in self.masked else super().get_attr(target, args, kwargs)
+
+    def run_node(self, n: Node) -> Any:
+        call = self.groups.inference.calls.get(n.name)
+        handler = _HANDLERS.get(getattr(n.target, "overloadpacket", None)) if call is not None else None
+        if handler is not None and call is not None:
+            arguments = torch.fx.node.map_arg(_bound(n), lambda m: self.env[m])
+            out = handler(n.target, dict(arguments), call.arguments, self.keep_mask)
+            if out is not None:
+                self.adjusted = True
+                return out
+        return super().run_node(n)
+
+    def keep_mask(self, space: Space) -> Tensor | None:
+        """A boolean mask of the indices that stay, or None if all do."""
+        index = kept(space, self.choice.get)
+        if index is None:
+            return None
+        mask = torch.zeros(_length(space), dtype=torch.bool)
+        mask[index] = True
+        return mask
+
+
+def _length(space: Space) -> int:
+    from ..spaces import size_of
+
+    return int(size_of(space))
+
+
+def _bound(node: Node) -> dict[str, Any]:
+    from ..rules.registry import bind
+
+    return bind(node)
+
+
+def _masked_tensors(groups: Groups, plan: PrunePlan) -> dict[str, Tensor]:
+    masked: dict[str, Tensor] = {}
+    for name, units in plan.keep.items():
+        group = groups[name]
+        gone = torch.ones(group.size, dtype=torch.bool)
+        gone[units] = False
+        removed = gone.nonzero().flatten()
+        for member in group.members:
+            if member.trainable:
+                tensor = groups.inference.tensors[member.name].tensor
+                assert tensor is not None
+                copy = masked.setdefault(member.name, tensor.detach().clone())
+                copy.index_fill_(member.dim, member.indices(removed).to(copy.device), 0)
+    for name in groups.parameters_of(plan.drop):  # a dropped block: x + f(x) with f(x) = 0
+        tensor = groups.inference.tensors[name].tensor
+        assert tensor is not None
+        masked[name] = torch.zeros_like(tensor)
+    return masked
+
+
+MaskOf = Callable[[Space], Tensor | None]
+
+
+def _dims(x: Tensor, dim: Any) -> list[int]:
+    listed = range(x.dim()) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
+    return [d % x.dim() for d in listed]
+
+
+def _joint(x: Tensor, dims: list[int], spaces: Any, mask_of: MaskOf) -> Tensor | None:
+    """One boolean mask, broadcastable to ``x``, of what is kept along several dimensions."""
+    joint: Tensor | None = None
+    for d in dims:
+        mask = mask_of(spaces[d])
+        if mask is not None:
+            shaped = mask.to(x.device).view([-1 if i == d else 1 for i in range(x.dim())])
+            joint = shaped if joint is None else joint & shaped
+    return joint
+
+
+def _count(x: Tensor, dims: list[int], mask: Tensor) -> float:
+    full = 1.0
+    for d in dims:
+        full *= x.shape[d]
+    return full * float(mask.double().mean())
+
+
+def _mean(_: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
+    x = a["self"]
+    dims = _dims(x, a.get("dim"))
+    mask = _joint(x, dims, spaces["self"], mask_of)
+    if mask is None:
+        return None
+    out = (x * mask).sum(dims, keepdim=bool(a.get("keepdim"))) / _count(x, dims, mask)
+    return out.to(a.get("dtype") or x.dtype)
+
+
+def _sum(_: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
+    x = a["self"]
+    dims = _dims(x, a.get("dim"))
+    mask = _joint(x, dims, spaces["self"], mask_of)
+    return None if mask is None else (x * mask).sum(dims, keepdim=bool(a.get("keepdim")), dtype=a.get("dtype"))
+
+
+def _norm(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
+    x = a["self"]
+    dims = _dims(x, a.get("dim"))
+    mask = _joint(x, dims, spaces["self"], mask_of)
+    return None if mask is None else (x * mask).pow(2).sum(dims, keepdim=bool(a.get("keepdim"))).sqrt()
+
+
+def _var(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
+    x = a["self"]
+    dims, keepdim = _dims(x, a.get("dim")), bool(a.get("keepdim"))
+    mask = _joint(x, dims, spaces["self"], mask_of)
+    if mask is None:
+        return None
+    n = _count(x, dims, mask)
+    correction = a["correction"] if a.get("correction") is not None else 1 if a.get("unbiased", True) else 0
+    mean = (x * mask).sum(dims, keepdim=True) / n
+    var = ((x - mean).pow(2) * mask).sum(dims, keepdim=keepdim) / max(n - correction, 0)
+    name = target.overloadpacket
+    if name is aten.var_mean:
+        return var, mean if keepdim else mean.squeeze(dims)
+    return var.sqrt() if name is aten.std else var
+
+
+def _softmax(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
+    x = a["self"]
+    mask = _joint(x, [a["dim"] % x.dim()], spaces["self"], mask_of)
+    if mask is None:
+        return None
+    logits = x.masked_fill(~mask, float("-inf"))
+    out = torch.log_softmax(logits, a["dim"]).masked_fill(~mask, 0) if "log" in str(target) else torch.softmax(logits, a["dim"])
+    return out.to(a.get("dtype") or x.dtype)
+
+
+def _layer_norm(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
+    x, rank = a["input"], len(a["normalized_shape"])
+    dims = list(range(x.dim() - rank, x.dim()))
+    mask = _joint(x, dims, spaces["input"], mask_of)
+    if mask is None:
+        return None
+    n, wide = _count(x, dims, mask), x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    centred = wide
+    if target.overloadpacket is aten.layer_norm:
+        centred = wide - (wide * mask).sum(dims, keepdim=True) / n
+    eps = a["eps"] if a["eps"] is not None else torch.finfo(x.dtype).eps
+    power = (centred.pow(2) * mask).sum(dims, keepdim=True) / n
+    out = centred * mask * torch.rsqrt(power + eps)
+    out = out.to(x.dtype)
+    out = out if a["weight"] is None else out * a["weight"]
+    return out if a.get("bias") is None else out + a["bias"]
+
+
+def _group_norm(_: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
+    x, groups = a["input"], a["num_groups"]
+    channel = mask_of(spaces["input"][1])
+    if channel is None:
+        return None
+    grouped = x.reshape(x.shape[0], groups, -1)
+    mask = channel.to(x.device).view(1, -1, 1).expand(1, -1, x[0, 0].numel()).reshape(1, groups, -1)
+    n = mask.sum(-1, keepdim=True).clamp_min(1)
+    centred = grouped - (grouped * mask).sum(-1, keepdim=True) / n
+    out = centred * mask * torch.rsqrt((centred.pow(2) * mask).sum(-1, keepdim=True) / n + a["eps"])
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    out = out.reshape(x.shape)
+    out = out if a["weight"] is None else out * a["weight"].view(shape)
+    return out if a["bias"] is None else out + a["bias"].view(shape)
+
+
+def _matmul(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
+    """Contract over the kept units only: entries that a zeroed parameter does not silence must not count."""
+    name = next(k for k in ("self", "batch1", "mat1") if isinstance(a.get(k), Tensor) and k in spaces)
+    name = "batch1" if "batch1" in a else "mat1" if "mat1" in a else name
+    x = a[name]
+    mask = _joint(x, [x.dim() - 1], spaces[name], mask_of)
+    return None if mask is None else target(**{**a, name: x * mask})
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.mean: _mean,
+    aten.sum: _sum,
+    aten.var: _var,
+    aten.std: _var,
+    aten.var_mean: _var,
+    aten.linalg_vector_norm: _norm,
+    aten.norm: _norm,
+    aten.softmax: _softmax,
+    aten._softmax: _softmax,
+    aten.log_softmax: _softmax,
+    aten._log_softmax: _softmax,
+    aten.layer_norm: _layer_norm,
+    aten.rms_norm: _layer_norm,
+    aten.group_norm: _group_norm,
+    aten.matmul: _matmul,
+    aten.bmm: _matmul,
+    aten.baddbmm: _matmul,
+    aten.addmm: _matmul,
+    aten.mm: _matmul,
+}
