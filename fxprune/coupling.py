@@ -3,7 +3,7 @@
 Vertices are fx nodes and parameter dimensions through which some prune group runs. Edges are couplings, in pairs: a *forward*
 edge goes with the data (an operator's input to its output, an activation to the weight that contracts it), the *backward* edge
 returns. They are the triggers of LLM-Pruner (arXiv 2305.11627, section 3.1: a pruned neuron triggers the neurons that depend
-on it, in Out(N_i) and in In(N_i)); a prune group is what one trigger reaches over the edges of that group.
+on it, in Out(N_i) and in In(N_i)); a prune group is all that one trigger reaches over the group's edges.
 
 Which input couples with which output is asked of the operator's own rule: it runs once more, on copies of the spaces that
 inference found. The copies that it unified, or passed on to its output, are the ones that it couples.
@@ -192,7 +192,7 @@ def _ask(call: Call, result: Set[Axis]) -> Iterator[Coupling]:
         if leaf in reached and origin in result:
             yield from ((vertex, call.node.name, origin, rule.name) for vertex in vertices)
         else:  # contracted: activations first, then weights
-            yield from ((a, b, origin, rule.name) for a, b in pairwise(list(reversed(vertices))))
+            yield from ((a, b, origin, rule.name) for a, b in pairwise(sorted(vertices, key=vertices.__getitem__)))
 
 
 def _copied(argument: Any, value: Any, copies: list[_Copy]) -> Any:

@@ -73,7 +73,8 @@ def _attribute(found: Inference, gm: GraphModule, node: Node) -> Any:
 
 
 def _size(n: Any) -> Size:
-    return n.node.expr if isinstance(n, torch.SymInt) else n
+    expr = n.node.expr if isinstance(n, torch.SymInt) else n
+    return int(expr) if getattr(expr, "is_Integer", False) else expr
 
 
 def _shaped(node: Node, make: Callable[[Size], Any], **facts: Any) -> Any:
@@ -138,11 +139,11 @@ def _apply(call: Call) -> list[list[Any]]:
         return call.give_up("there is no rule")
     try:
         result = found(call)
+        many = bool(result) and isinstance(result[0], list | tuple | Value)
+        results = [list(r) for r in result] if many else [list(result)]
     except Exception as error:  # noqa: BLE001 - an incomplete rule must never become a wrong one
         log.warning("the rule for %s failed: %r", call.why, error)
         return call.give_up(f"the rule failed ({type(error).__name__})")
-    many = bool(result) and isinstance(result[0], list | tuple | Value)
-    results = [list(r) for r in result] if many else [list(result)]
     if len(results) != len(call.shapes) or not all(map(_fits, results, call.shapes)):
         log.warning("the rule for %s gave %s for shapes %s", call.why, results, call.shapes)
         return call.give_up("the rule does not cover this case")

@@ -324,6 +324,7 @@ CREATION = [
 IDENTITIES = [
     op(aten.to.dtype, t(3, 4), torch.float32),
     op(aten.to.device, t(3, 4), torch.device("cpu"), torch.float32),
+    op(aten.to.dtype_layout, t(3, 4), dtype=torch.float32),
     op(aten.to.other, t(3, 4), ints(5, 2, 6)),
     op(aten._to_copy.default, t(3, 4), dtype=torch.float32),
     op(aten.contiguous.default, t(2, 3, 4)),

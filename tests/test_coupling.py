@@ -21,6 +21,7 @@ from fxprune.coupling import Step, coupling_graph, shared_groups, triggers, why,
 from fxprune.errors import UsageError
 from fxprune.groups import Groups
 from fxprune.passes.dependency import find_groups
+from fxprune.rules import registry
 
 
 class Residual(nn.Module):
@@ -274,6 +275,7 @@ def test_a_square_matrix_does_not_couple_its_input_with_its_output(mlp: Groups) 
     graph = coupling_graph(mlp)
     square = next(n for n, d in graph.nodes(data=True) if d["type"] == "node" and d["module"] == "2.body.0")
     (source,) = [a for a, b, d in graph.edges(data=True) if d["operator"] == square and b == "2.body.0.weight[1]"]
+    assert source != square
     assert "hidden" in graph.nodes[source]["groups"]
     assert "hidden" in graph.nodes[square]["groups"]
     assert not graph.has_edge(source, square)
@@ -341,6 +343,15 @@ def test_thirty_layers_take_less_than_two_seconds() -> None:
     graph = coupling_graph(groups)
     assert time.perf_counter() - started < 2
     assert len(graph) > 2000
+
+
+def test_a_rule_that_inference_refused_couples_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = registry.Rule("wrong", lambda call: [*call["self"], call["self"][-1]])  # one dimension too many
+    monkeypatch.setitem(registry._RULES, torch.ops.aten.relu.default, wrong)
+    groups = find_groups(trace(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 6)))
+    graph = coupling_graph(groups)
+    assert all(d["group"] in graph.nodes[end]["groups"] for a, b, d in graph.edges(data=True) for end in (a, b))
+    assert shared_groups(groups, "0.weight", "2.weight") == []
 
 
 # Triggers

@@ -118,7 +118,8 @@ def _write_per_layer(result: PruneResult, model: Any, work: Path, max_shard_size
     persistent = _persist(model, result.surgery)
     try:
         model.config = config
-        model.save_pretrained(work, max_shard_size=max_shard_size)
+        # under the class's own parameter names: transformers does not rename for code that travels with a checkpoint
+        model.save_pretrained(work, max_shard_size=max_shard_size, save_original_format=False)
     finally:
         model.config = kept_config
         for owner, leaf in persistent:
@@ -149,7 +150,7 @@ def modeling_source(base: type) -> str:
 from {base.__module__} import {base.__name__} as _Dense  # noqa: E402
 
 
-class {base.__name__}(_Dense):  # the stock name: transformers looks conversions of parameter names up by it
+class {base.__name__}(_Dense):
     """{base.__name__} with per-layer widths, as pruned by fxprune."""
 
     def __init__(self, config):

@@ -199,38 +199,35 @@ def repeat(call: Call) -> Spaces:
     """Tiles: Product(new, old)."""
     x, times = call["self"], call["repeats"]
     dims = [ONE] * (len(times) - len(x)) + list(x)
-    return [s if t == 1 else product(call.fresh(t, mark="expanded"), s) for t, s in zip(times, dims, strict=True)]
+    for i, n in enumerate(times):
+        call.notes[f"tiles {i}"] = call.fresh(n, mark="expanded")
+    return [product(call.notes[f"tiles {i}"], s) for i, s in enumerate(dims)]
 
 
 @repeat.resize
 def _repeat(call: Resize) -> dict[str, Any]:
-    x, times = call.inputs["self"], call["repeats"]
-    dims = [ONE] * (len(times) - len(x)) + list(x)
-    out = call.outputs[0]
-    return {
-        "repeats": [
-            call.kept(o) // call.kept(s) if isinstance(t, int) and isinstance(size_of(o), int) else t
-            for t, s, o in zip(times, dims, out, strict=True)
-        ]
-    }
+    return {"repeats": [call.size(n, call.notes[f"tiles {i}"]) for i, n in enumerate(call["repeats"])]}
 
 
 @rule(aten.repeat_interleave.self_int)
 def repeat_interleave(call: Call) -> Spaces:
-    """Each entry several times: Product(old, new)."""
-    x, dim, times = call["self"], call["dim"], call["repeats"]
-    if dim is None or not isinstance(times, int) or _sym(call.shape[dim]):
-        return call.give_up("repeat_interleave without a static dimension")[0]
+    """Each entry several times: Product(old, new). Without a dimension, of the flattened tensor."""
+    x, dim = call["self"], call["dim"]
+    call.notes["copies"] = copies = call.fresh(call["repeats"], mark="expanded")
+    if dim is None:
+        return [product(*x, copies)]
     at = x.axis(dim)
-    return [*x[:at], product(x[at], call.fresh(times, mark="expanded")), *x[at + 1 :]]
+    return [*x[:at], product(x[at], copies), *x[at + 1 :]]
 
 
 @repeat_interleave.resize
 def _repeat_interleave(call: Resize) -> dict[str, Any]:
-    x = call.inputs["self"]
-    at = x.axis(call["dim"])
-    after = call.kept(call.outputs[0][at])
-    return {"repeats": after // call.kept(x[at]), **({"output_size": after} if call["output_size"] is not None else {})}
+    changed = {"repeats": call.size(call["repeats"], call.notes["copies"])}
+    if call["output_size"] is not None:
+        dim = call["dim"]
+        made = call.outputs[0][0 if dim is None else call.inputs["self"].axis(dim)]
+        changed["output_size"] = call.size(call["output_size"], made)
+    return changed
 
 
 def _window(call: Any, x: Any) -> tuple[int, int, int, int] | None:
@@ -294,15 +291,19 @@ def split(call: Call) -> list[Spaces]:
     x = call["self"]
     dim = x.axis(call["dim"])
     sizes = [shape[dim] for shape in call.shapes]
-    if not all(isinstance(n, int) for n in sizes):
-        return call.give_up("a split of a symbolic dimension")
-    parts = call.split_concat(x[dim], sizes)
+    if any(map(_sym, sizes)):
+        call.pin(x[dim], "a split into symbolic sizes")
+        parts = [call.fresh(n, pin="a split into symbolic sizes") for n in sizes]
+    else:
+        parts = call.split_concat(x[dim], sizes)
     return [[*x[:dim], part, *x[dim + 1 :]] for part in parts]
 
 
 @split.resize
 def _split(call: Resize) -> dict[str, Any]:
     dim = call.inputs["self"].axis(call["dim"])
+    if any(_sym(size_of(out[dim])) for out in call.outputs):
+        return {}
     sizes = [call.kept(out[dim]) for out in call.outputs]
     call.node.target = aten.split_with_sizes.default
     call.node.args, call.node.kwargs = (call["self"], sizes, call["dim"]), {}

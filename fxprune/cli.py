@@ -1,0 +1,136 @@
+"""The ``fxprune`` command. Help answers at once: torch is imported only by what needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ._version import __version__
+from .errors import FxPruneError, UsageError
+
+MODEL = "a hub id, a local directory, a .gguf file, or a checkpoint that fxprune wrote"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status (0 done, 1 failed, 2 used wrongly)."""
+    arguments = _parser().parse_args(argv)
+    _logging(arguments.verbose)
+    from . import commands
+
+    try:
+        return int(getattr(commands, arguments.command)(arguments) or 0)
+    except KeyboardInterrupt:
+        print("fxprune: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except Exception as error:
+        cause = _own(error)
+        if cause is None or arguments.verbose > 1:
+            raise
+        print(f"fxprune: {cause}", file=sys.stderr)
+        return 2 if isinstance(cause, UsageError) else 1
+
+
+def _own(error: BaseException | None) -> FxPruneError | None:
+    """Our error, also from under the bare ``Exception`` that torch's PassManager raises."""
+    while error is not None:
+        if isinstance(error, FxPruneError):
+            return error
+        error = error.__cause__
+    return None
+
+
+def _logging(verbose: int) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("fxprune").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def pairs(text: str) -> Any:
+    """``a,b`` as a list, ``a=0.5,b=1`` as a mapping, ``0.3`` as a number."""
+    if "=" in text:
+        try:
+            return {k.strip(): float(v) for k, v in (item.split("=") for item in text.split(","))}
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not of the form name=number,name=number") from None
+    try:
+        return float(text)
+    except ValueError:
+        return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fxprune", description="Make transformers smaller by removing structure, exactly.")
+    parser.add_argument("--version", action="version", version=f"fxprune {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-v", "--verbose", action="count", default=0, help="say what is done; twice for tracebacks")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    loading = argparse.ArgumentParser(add_help=False)
+    loading.add_argument("model", help=MODEL)
+    loading.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
+    loading.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
+    _prune(commands.add_parser("prune", parents=[common, loading], help="prune a model and write a checkpoint"))
+    _groups(commands.add_parser("groups", parents=[common, loading], help="show what can be pruned, and why the rest cannot"))
+    verify = commands.add_parser("verify", parents=[common, loading], help="check a written checkpoint against its dense model")
+    verify.add_argument("--dense", required=True, metavar="MODEL", help="the dense model it was pruned from")
+    _eval(commands.add_parser("eval", parents=[common, loading], help="perplexity of a model on a text"))
+    demo = commands.add_parser("demo", parents=[common], help="prune SmolLM2-135M by 20 %% and show everything")
+    demo.add_argument("-o", "--output", default="demo-output", help="directory to write (replaced if it exists)")
+    demo.add_argument("--ratio", type=float, default=0.2, help="share of all parameters to remove (default 0.2)")
+    return parser
+
+
+def _prune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", help="directory to write the checkpoint to (needed unless --dry-run)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output directory if it exists")
+    what = parser.add_argument_group("what to remove")
+    what.add_argument("--ratio", type=float, help="share of all parameters, 0.2 for 20 %%")
+    what.add_argument("--units", type=pairs, help="instead: share of units, 0.25 or ffn=0.3,kv_heads=0.33")
+    what.add_argument("--plan", help="instead: replay a plan file")
+    what.add_argument("--kinds", type=pairs, help="kinds to prune, a,b or with a pace a=1,b=0.5 (default kv_heads,query_groups,ffn)")
+    what.add_argument("--ranking", default="local", help="local (every layer alike) or global (importance per parameter)")
+    what.add_argument("--widths", default="uniform", help="uniform (loads everywhere) or per-layer")
+    what.add_argument("--protect-first", type=int, default=0, metavar="K", help="leave the first K layers whole")
+    what.add_argument("--protect-last", type=int, default=0, metavar="K", help="leave the last K layers whole")
+    what.add_argument("--protect", action="append", default=[], metavar="PATTERN", help="leave groups of this name whole")
+    what.add_argument("--multiple", type=int, default=1, help="round widths to a multiple (heads excepted)")
+    what.add_argument("--floor", type=float, default=0.0, help="least share of units that a group keeps")
+    how = parser.add_argument_group("importance")
+    how.add_argument("--criterion", default="taylor1", help="random, l1, l2, taylor_vector, taylor1, taylor2, taylor_mixed")
+    how.add_argument("--aggregation", default="sum", help="sum, mean, max, product, last, first")
+    how.add_argument("--calibration", help="a .txt/.json/.jsonl file (.gz too) or a datasets name; default: the model's own samples")
+    how.add_argument("--samples", type=int, default=10, help="calibration samples (default 10)")
+    how.add_argument("--length", type=int, default=64, help="tokens of each (default 64)")
+    how.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dry-run", action="store_true", help="show the plan's effect and stop; nothing is scored or written")
+    parser.add_argument("--no-verify", action="store_true", help="skip the comparison with the masked dense model")
+
+
+def _groups(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--meta", action="store_true", help="build the model without weights (groups need none)")
+    parser.add_argument("--expand", action="store_true", help="one row for each layer")
+    parser.add_argument("--prunable", action="store_true", help="only what can be pruned")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--why", nargs=2, metavar=("PARAM_A", "PARAM_B"), help="the coupling path between two parameters")
+    parser.add_argument("--export", metavar="FILE", help="write the coupling graph as .graphml, .json or .dot")
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text", required=True, help="a .txt/.json/.jsonl file (.gz too) or a datasets name")
+    parser.add_argument("--length", type=int, default=128, help="tokens of each window (default 128)")
+    parser.add_argument("--stride", type=int, help="tokens between windows (default: the length, no overlap)")
+    parser.add_argument("--max-windows", type=int, help="stop after so many")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--latency", action="store_true", help="measure prefill and decode too")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def dump(data: Any) -> None:
+    """Print JSON on standard output."""
+    print(json.dumps(data, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Latency of a model as people use it: reading a prompt (prefill) and writing tokens with a KV cache (decode)."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Medians over repetitions.
+
+    Attributes:
+        prefill_ms: Milliseconds to read the prompt.
+        decode_ms: Milliseconds for each new token after it.
+        prompt: Prompt tokens.
+        new_tokens: Tokens decoded in each repetition.
+        repeats: Repetitions.
+    """
+
+    prefill_ms: float
+    decode_ms: float
+    prompt: int
+    new_tokens: int
+    repeats: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def measure_latency(model: nn.Module, *, prompt: int = 128, new_tokens: int = 16, repeats: int = 3, seed: int = 0) -> Latency:
+    """Time prefill and decode at batch size 1, after one warm-up.
+
+    Args:
+        model: A Hugging Face causal LM.
+        prompt: Prompt tokens (random ids: speed does not depend on them).
+        new_tokens: Tokens to decode.
+        repeats: Repetitions; the median is reported.
+        seed: Of the prompt.
+    """
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, text.vocab_size, (1, prompt), generator=generator).to(device)
+    prefill, decode = [], []
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for i in range(repeats + 1):
+            start = _now(device)
+            output = model(input_ids=ids, use_cache=True)
+            middle = _now(device)
+            for _ in range(new_tokens):
+                step = output.logits[:, -1:].argmax(-1)
+                output = model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
+            end = _now(device)
+            if i:
+                prefill.append(middle - start)
+                decode.append((end - middle) / new_tokens)
+    model.train(was_training)
+    return Latency(
+        round(statistics.median(prefill) * 1e3, 2), round(statistics.median(decode) * 1e3, 2), prompt, new_tokens, repeats
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

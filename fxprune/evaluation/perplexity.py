@@ -1,0 +1,102 @@
+"""Perplexity with everything stated that its value depends on: text, sequence length, stride, tokens."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and its protocol.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood per predicted token (natural log).
+        tokens: Tokens predicted.
+        windows: Sequences run.
+        length: Tokens of each sequence.
+        stride: Tokens between the starts of two sequences; equal to ``length`` means they do not overlap.
+        text: What was read.
+        seconds: Time taken.
+    """
+
+    perplexity: float
+    tokens: int
+    windows: int
+    length: int
+    stride: int
+    text: str
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def perplexity(
+    model: nn.Module,
+    ids: Tensor,
+    *,
+    length: int = 128,
+    stride: int | None = None,
+    batch_size: int = 8,
+    max_windows: int | None = None,
+    text: str = "",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Perplexity:
+    """Perplexity of a causal LM on one stream of tokens.
+
+    With ``stride == length`` this is LLM-Pruner's protocol (128 tokens, not overlapping, the rest of the stream dropped; its
+    ``PPLMetric``): each window predicts its tokens but the first. With a smaller stride a window predicts only the tokens that the
+    one before it has not, with more context.
+
+    Args:
+        model: Called with ``input_ids [batch, length]``; returns an object with ``logits``, or a tuple that starts with them.
+        ids: LongTensor ``[tokens]``.
+        length: Tokens of each window.
+        stride: Tokens between window starts; by default ``length``.
+        batch_size: Windows at a time.
+        max_windows: Stop after so many.
+        text: A label of the text, for the record.
+        progress: Called with (what, done, total).
+
+    Raises:
+        UsageError: The text is shorter than one window, or length and stride make no sense.
+    """
+    step = length if stride is None else stride
+    if length < 2 or not 1 <= step <= length:
+        raise UsageError(f"length must be at least 2 and stride between 1 and length, got length={length}, stride={step}")
+    starts = list(range(0, len(ids) - length + 1, step))[:max_windows]
+    if not starts:
+        raise UsageError(f"the text has {len(ids)} tokens, fewer than one window of {length}")
+    device = next(model.parameters()).device
+    begin, total, count = time.perf_counter(), 0.0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for i in range(0, len(starts), batch_size):
+                group = starts[i : i + batch_size]
+                batch = torch.stack([ids[s : s + length] for s in group]).to(device)
+                output = model(input_ids=batch)
+                logits = output.logits if hasattr(output, "logits") else output[0]
+                losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), batch[:, 1:], reduction="none")
+                for row, start in enumerate(group):
+                    new = losses[row] if start == 0 or step == length else losses[row, -step:]
+                    total += float(new.double().sum())
+                    count += new.numel()
+                if progress is not None:
+                    progress("perplexity", min(i + batch_size, len(starts)), len(starts))
+    finally:
+        model.train(was_training)
+    mean = total / count
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(value, count, len(starts), length, step, text, round(time.perf_counter() - begin, 2))
