@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .errors import UsageError
+from .errors import FxPruneError, UsageError
 
-Calibration: TypeAlias = "None | str | os.PathLike[str] | Sequence[str] | Sequence[Mapping[str, Tensor]]"
+Calibration: TypeAlias = "str | os.PathLike[str] | Sequence[str] | Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None"
 
 TEXT_FIELDS = ("text", "content", "document", "instruction")
 
@@ -34,7 +35,7 @@ def load_calibration(
     Args:
         source: None: ``samples`` sequences sampled from the model itself, seeded; no data is needed. A path to a ``.txt``,
             ``.json``, ``.jsonl`` file (``.gz`` too). A ``datasets`` name as ``name``, ``name:split`` or ``name:config:split``.
-            A list of strings. Or a list of ready batches, used as they are.
+            A list of strings. Or a ready batch or a list of them, used as they are.
         model: Samples its own text; gives the device.
         tokenizer: Needed for text.
         samples: Number of sequences; cut at seeded random places of the tokenised text.
@@ -45,29 +46,33 @@ def load_calibration(
         (one batch ``{"input_ids": LongTensor [samples, length]}``, a description).
 
     Raises:
-        UsageError: A missing file, too little text, no tokenizer, an unknown dataset or column.
+        UsageError: A missing or damaged file, too little text, no tokenizer, an unknown dataset or column, batches that hold
+            something else than tensors.
+        FxPruneError: The model's own text is not finite.
     """
     if samples < 1 or length < 2:
         raise UsageError(f"calibration needs at least 1 sample of 2 tokens, got samples={samples}, length={length}")
     if source is None:
-        return [{"input_ids": sample_from(model, samples, length, seed)}], f"{samples} x {length} tokens sampled from the model, seed {seed}"
-    if not isinstance(source, str | os.PathLike):
-        items = list(source)
-        if items and all(isinstance(i, Mapping) for i in items):
-            return items, f"{len(items)} batches given"  # type: ignore[return-value]
+        ids = sample_from(model, samples, length, seed)
+        return [{"input_ids": ids}], f"{samples} x {length} tokens sampled from the model, seed {seed}"
+    texts: Iterable[str]
+    if isinstance(source, str | os.PathLike):
+        texts, label = read_texts(source), os.fspath(source)
+        label = os.path.basename(label) if os.path.isfile(label) else label
+    else:
+        items: list[Any] = [source] if isinstance(source, Mapping) else list(source)
+        if items and all(isinstance(i, Mapping) and i and all(isinstance(v, Tensor) for v in i.values()) for i in items):
+            return items, f"{len(items)} batch{'es' if len(items) > 1 else ''} given"
         if not items or not all(isinstance(i, str) for i in items):
             raise UsageError("calibration is a list of strings or of batches (mappings of tensors), and must not be empty")
-        texts: Iterable[str] = items  # type: ignore[assignment]
-        label = f"{len(items)} given texts"
-    else:
-        texts, label = read_texts(source), os.path.basename(os.fspath(source))
+        texts, label = items, f"{len(items)} given texts"
     if tokenizer is None:
         raise UsageError("calibration text needs a tokenizer: pass tokenizer=, or leave calibration out")
     ids = encode(tokenizer, texts, wanted=samples * length * 8)
-    if len(ids) < length + 1:
+    if len(ids) < length:
         raise UsageError(f"the calibration text '{label}' has {len(ids)} tokens, fewer than one sample of {length}")
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(ids) - length, (samples,), generator=generator)
+    starts = torch.randint(0, len(ids) - length + 1, (samples,), generator=generator)
     batch = torch.stack([ids[s : s + length] for s in starts.tolist()])
     return [{"input_ids": batch}], f"{samples} x {length} tokens of {label}, seed {seed}"
 
@@ -92,39 +97,58 @@ def read_texts(source: str | os.PathLike[str]) -> Iterable[str]:
     """Texts of a file or of a ``datasets`` name.
 
     Raises:
-        UsageError: There is no such file or dataset, or no column of text in it.
+        UsageError: There is no such file or dataset (the latter when it is read), or no column of text in it.
     """
     name = os.fspath(source)
     path = Path(name)
     suffixes = [s for s in path.suffixes if s != ".gz"]
     if path.is_file():
         return _read_file(path, suffixes[-1] if suffixes else ".txt")
-    if suffixes and suffixes[-1] in (".txt", ".json", ".jsonl", ".parquet", ".csv") or path.is_absolute() or name.startswith("."):
+    looks = path.suffix in (".txt", ".json", ".jsonl", ".parquet", ".csv", ".gz")
+    if looks or path.is_absolute() or name.startswith("."):
         raise UsageError(f"there is no file '{name}'")
     return _dataset(name)
 
 
 def _read_file(path: Path, kind: str) -> Iterable[str]:
+    if kind not in (".txt", ".json", ".jsonl"):
+        raise UsageError(f"'{path.name}' is neither .txt, .json nor .jsonl (.gz allowed)")
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            text = file.read()
         if kind == ".txt":
-            return [line for line in file.read().split("\n") if line.strip()]
-        if kind == ".jsonl":
-            rows = [json.loads(line) for line in file if line.strip()]
-        elif kind == ".json":
-            rows = json.load(file)
-        else:
-            raise UsageError(f"'{path.name}' is neither .txt, .json nor .jsonl (.gz allowed)")
+            return [line for line in text.split("\n") if line.strip()]
+        rows = json.loads(text) if kind == ".json" else list(_lines(text))
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise UsageError(f"cannot read '{path.name}' as {kind[1:]}: {_reason(error)}") from error
+    if not isinstance(rows, list):
+        raise UsageError(f"'{path.name}' must hold a list of texts or of rows with a column of text, not a {type(rows).__name__}")
     return [_text_of(row, path.name) for row in rows]
+
+
+def _lines(text: str) -> Iterator[Any]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
 
 
 def _text_of(row: Any, where: str) -> str:
     if isinstance(row, str):
         return row
+    if not isinstance(row, Mapping):
+        raise UsageError(f"'{where}' must hold texts or rows with a column of text, not a {type(row).__name__}")
     field = next((f for f in TEXT_FIELDS if isinstance(row.get(f), str)), None)
     if field is None:
         raise UsageError(f"'{where}' has no column of text; it has {', '.join(row)}, wanted one of {', '.join(TEXT_FIELDS)}")
     return str(row[field])
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
 
 
 def _dataset(name: str) -> Iterator[str]:
@@ -134,13 +158,15 @@ def _dataset(name: str) -> Iterator[str]:
     config = rest[0] if len(rest) == 2 else None
     split = rest[-1] if rest else "train"
     try:
-        rows = datasets.load_dataset(repo, config, split=split, streaming=True)
+        for row in datasets.load_dataset(repo, config, split=split, streaming=True):
+            yield _text_of(row, name)
+    except UsageError:
+        raise
     except Exception as error:
         raise UsageError(
-            f"'{name}' is neither a file nor a dataset that can be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"'{name}' is neither a file nor a dataset that can be loaded ({_reason(error)}); "
             "write name, name:split or name:config:split"
         ) from error
-    return (_text_of(row, name) for row in rows)
 
 
 def sample_from(model: nn.Module, samples: int, length: int, seed: int) -> Tensor:
@@ -158,33 +184,54 @@ def sample_from(model: nn.Module, samples: int, length: int, seed: int) -> Tenso
     Raises:
         UsageError: The model is no causal LM.
     """
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = getattr(text, "vocab_size", None)
-    if not isinstance(vocabulary, int):
-        raise UsageError(f"{type(model).__name__} cannot sample its own calibration text (it has no vocabulary): pass calibration=")
-    start = getattr(text, "bos_token_id", None)
-    first = next(model.parameters())
+    vocabulary, start = _vocabulary(model)
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        raise UsageError("the model is on the meta device and cannot sample its own calibration text: it has no weights")
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    known = isinstance(start, int) and 0 <= start < vocabulary
-    ids = torch.full((samples, 1), start if known else 0, dtype=torch.long, device=first.device)
-    was_training = model.training
+    ids = torch.full((samples, 1), start if 0 <= start < vocabulary else 0, dtype=torch.long, device=device)
+    training = [m for m in model.modules() if m.training]
     model.eval()
     cache: Any = None
     try:
         with torch.no_grad():
             for _ in range(length):
-                step = ids if cache is None else ids[:, -1:]
-                extra = {} if cache is None else {"past_key_values": cache}
-                output = model(input_ids=step, **extra)
-                if getattr(output, "logits", None) is None:
-                    raise UsageError(f"{type(model).__name__} returns no logits: pass calibration=")
-                cache = getattr(output, "past_key_values", None)
-                chances = torch.softmax(output.logits[:, -1].float().cpu(), -1)
-                drawn = torch.multinomial(chances, 1, generator=generator).to(first.device)
+                logits, cache = _next(model, ids, cache)
+                drawn = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator).to(device)
                 ids = torch.cat([ids, drawn], 1)
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
     return ids[:, 1:]
 
 
+def _vocabulary(model: nn.Module) -> tuple[int, int]:
+    """Size of the vocabulary, and the token that starts a text (0 if there is none)."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size, start = getattr(text, "vocab_size", None), getattr(text, "bos_token_id", None)
+    if not isinstance(size, int):
+        raise UsageError(f"{type(model).__name__} cannot sample its own calibration text (it has no vocabulary): pass calibration=")
+    return size, start if isinstance(start, int) else 0
+
+
+def _next(model: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """Logits of the next token, ``[samples, vocabulary]``, in float32 on the CPU, and the model's KV cache if it has one."""
+    step = ids if cache is None else ids[:, -1:]
+    try:
+        output = model(input_ids=step, **({} if cache is None else {"past_key_values": cache}))
+    except (
+        TypeError,
+        ValueError,
+        IndexError,
+    ) as error:  # too long for its positions, an encoder-decoder, or no language model at all
+        raise UsageError(
+            f"{type(model).__name__} cannot sample its own calibration text ({_reason(error)}): pass calibration="
+        ) from error
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.dim() != 3:
+        raise UsageError(f"{type(model).__name__} returns no logits of the next token: pass calibration=")
+    last: Tensor = logits[:, -1].float().cpu()
+    if not bool(torch.isfinite(last).all()):
+        raise FxPruneError(f"the logits of {type(model).__name__} are NaN or infinite: the model is damaged, nothing was pruned")
+    return last, getattr(output, "past_key_values", None)

@@ -59,7 +59,11 @@ CRITERIA = {
 }
 
 AGGREGATIONS = ("sum", "mean", "max", "product", "last", "first")
-"""How the scores of a group's members become one: LLM-Pruner's summation, product, max-pooling and last-only, and two more."""
+"""How the scores of a group's members become one: LLM-Pruner's summation, product, max-pooling and last-only, and two more.
+
+``product`` is taken as the geometric mean: it ranks a group's units as the product does, but stays on the scale of one member,
+where the product of a few hundred small numbers would be zero for every unit.
+"""
 
 
 def find_criterion(criterion: str | Criterion | UserCriterion) -> Criterion | UserCriterion:
@@ -72,7 +76,7 @@ def find_criterion(criterion: str | Criterion | UserCriterion) -> Criterion | Us
         if criterion not in CRITERIA:
             raise UsageError(f"unknown criterion '{criterion}'; {nearest(criterion, CRITERIA)}")
         return CRITERIA[criterion]
-    if not callable(criterion) and not isinstance(criterion, Criterion):
+    if not isinstance(criterion, Criterion) and not callable(criterion):
         raise UsageError(f"a criterion is a name or a callable (name, weight, gradient) -> scores, not {criterion!r}")
     return criterion
 
@@ -100,7 +104,7 @@ def aggregate(scores: list[Tensor], how: str) -> Tensor:
         case "max":
             return stacked.amax(0)
         case "product":
-            return stacked.prod(0)
+            return stacked.sign().prod(0) * stacked.abs().log().mean(0).exp()
         case "last":
             return stacked[-1]
         case _:

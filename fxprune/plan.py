@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,13 +62,19 @@ class PrunePlan:
             scores: Scores to record.
 
         Raises:
-            PlanError: An unknown or unprunable group, a unit out of range, or nothing left of a group.
+            PlanError: An unknown or unprunable group, units that are no whole numbers, a unit out of range, or nothing left of a
+                group.
         """
         chosen = {}
         for name, units in keep.items():
             if name not in groups:
                 raise PlanError(f"the plan names a prune group '{name}' that the model does not have; {nearest(name, groups)}")
-            chosen[name] = torch.unique(torch.as_tensor(units, dtype=torch.long).cpu().flatten())
+            numbers = torch.as_tensor(units).cpu().flatten()
+            if numbers.numel() and (numbers.dtype == torch.bool or numbers.is_floating_point() or numbers.is_complex()):
+                raise PlanError(
+                    f"the units of group '{name}' must be whole numbers, got {str(numbers.dtype).removeprefix('torch.')}"
+                )
+            chosen[name] = torch.unique(numbers.long())
         chosen = {n: u for n, u in chosen.items() if len(u) != groups[n].size or u.tolist() != list(range(groups[n].size))}
         plan = cls(
             keep=chosen,
@@ -96,8 +103,15 @@ class PrunePlan:
                 raise PlanError(f"group '{name}' cannot be pruned: {group.reason}")
             if len(units) == 0:
                 raise PlanError(f"the plan keeps no unit of group '{name}': at least one must stay")
-            if int(units[0]) < 0 or int(units[-1]) >= group.size:
-                raise PlanError(f"the plan keeps unit {int(units[-1])} of group '{name}', which has units 0 to {group.size - 1}")
+            wrong = [u for u in units.tolist() if not 0 <= u < group.size]
+            if wrong:
+                raise PlanError(f"the plan keeps unit {wrong[0]} of group '{name}', which has units 0 to {group.size - 1}")
+            if bool((units[1:] <= units[:-1]).any()):
+                raise PlanError(f"the plan's units of group '{name}' are not in rising order")
+            if name in self.members:  # buffers and constants may differ from trace to trace
+                recorded = {(n, dim) for n, dim in self.members[name] if n in groups.parameters}
+                if recorded != {(m.name, m.dim) for m in group.members if m.trainable} or self.sizes.get(name) != group.size:
+                    raise PlanError(f"the plan was made for another form of group '{name}': in this trace it cuts other dimensions")
         for path in self.drop:
             if path not in groups.blocks:
                 raise PlanError(f"'{path}' is not a residual block that can be dropped; {nearest(path, groups.blocks)}")
@@ -107,7 +121,13 @@ class PrunePlan:
         return {n: len(u) for n, u in self.keep.items()}
 
     def diff(self, other: PrunePlan) -> dict[str, dict[str, list[int] | list[str]]]:
-        """Units that only this plan keeps (``mine``) or only the other (``theirs``), for each group where they differ."""
+        """Units that only this plan keeps (``mine``) or only the other (``theirs``), for each group where they differ.
+
+        Raises:
+            PlanError: The plans are of different models.
+        """
+        if self.fingerprint != other.fingerprint:
+            raise PlanError(f"the plans were made for different models (fingerprints {self.fingerprint} and {other.fingerprint})")
         changes: dict[str, dict[str, list[int] | list[str]]] = {}
         for name in dict.fromkeys([*self.keep, *other.keep]):
             size = self.sizes.get(name) or other.sizes[name]
@@ -139,34 +159,62 @@ class PrunePlan:
         if not isinstance(data, dict) or data.get("fxprune_plan") != FORMAT:
             raise PlanError(f"this is not an fxprune plan of format {FORMAT}")
         try:
-            groups = data["groups"]
+            groups = _expect(data, "groups", dict)
             return cls(
-                keep={n: torch.tensor(g["keep"], dtype=torch.long) for n, g in groups.items()},
-                drop=tuple(data["drop"]),
-                sizes={n: int(g["size"]) for n, g in groups.items()},
-                members={n: g["members"] for n, g in groups.items()},
-                fingerprint=data["fingerprint"],
-                recipe=data["recipe"],
-                scores={n: torch.tensor(s) for n, s in data.get("scores", {}).items()},
+                keep={n: torch.tensor(_whole_numbers(_expect(g, "keep", list), n), dtype=torch.long) for n, g in groups.items()},
+                drop=tuple(str(path) for path in _expect(data, "drop", list)),
+                sizes={n: _expect(g, "size", int) for n, g in groups.items()},
+                members={n: [[str(name), int(dim)] for name, dim in _expect(g, "members", list)] for n, g in groups.items()},
+                fingerprint=_expect(data, "fingerprint", str),
+                recipe=_expect(data, "recipe", dict),
+                scores={n: torch.tensor(s, dtype=torch.float32) for n, s in data.get("scores", {}).items()},
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"the plan is damaged: {error!r}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise PlanError(f"the plan is damaged: {reason}") from error
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, in one step: a file of that name is whole at any time.
+
+        Raises:
+            PlanError: The file cannot be written, or the recipe holds something that is no JSON.
+        """
+        beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+        try:
+            text = json.dumps(self.to_json(), indent=1) + "\n"
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(path)
+        except TypeError as error:
+            raise PlanError(f"the plan's recipe cannot be written as JSON: {error}") from error
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise PlanError(f"cannot write the plan '{path}': {error.strerror}") from error
 
     @classmethod
-    def load(cls, path: str | Path) -> PrunePlan:
+    def load(cls, path: str | os.PathLike[str]) -> PrunePlan:
         """Read a plan file.
 
         Raises:
             PlanError: The file is missing, is no JSON, or is no plan.
         """
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"cannot read the plan '{path}': {error.strerror}") from error
         except ValueError as error:
             raise PlanError(f"'{path}' is not JSON: {error}") from error
         return cls.from_json(data)
+
+
+def _expect(data: Any, key: str, kind: type) -> Any:
+    value = data[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"'{key}' should be a {kind.__name__}, got {value!r:.80}")
+    return value
+
+
+def _whole_numbers(units: list[Any], name: str) -> list[int]:
+    for unit in units:
+        if not isinstance(unit, int) or isinstance(unit, bool):
+            raise TypeError(f"the units of group '{name}' must be whole numbers, got {unit!r:.80}")
+    return units

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, field
+from itertools import accumulate, count
 from typing import Any, TypeAlias
 
 import torch
@@ -56,6 +56,10 @@ class Product:
     """Row-major flattening: the last factor varies fastest. ``Product(())`` is the space of a size-1 dimension."""
 
     factors: tuple[Space, ...]
+    size: Size = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", math.prod(map(size_of, self.factors)))
 
     def __repr__(self) -> str:
         return f"({' x '.join(map(repr, self.factors))})" if self.factors else "One"
@@ -66,6 +70,10 @@ class Concat:
     """Spaces one after another."""
 
     parts: tuple[Space, ...]
+    size: Size = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", sum(map(size_of, self.parts)))
 
     def __repr__(self) -> str:
         return f"[{' + '.join(map(repr, self.parts))}]"
@@ -82,7 +90,6 @@ class Sym:
 
 
 Space: TypeAlias = Axis | Product | Concat | Sym
-ONE = Product(())
 
 
 def resolve(space: Space) -> Space:
@@ -98,17 +105,26 @@ def resolve(space: Space) -> Space:
 
 
 def size_of(space: Space) -> Size:
-    """The number of indices: an ``int``, or a sympy expression."""
-    space = resolve(space)
-    match space:
-        case Axis():
-            return space.size
-        case Sym():
-            return space.expr
-        case Product():
-            return math.prod(size_of(f) for f in space.factors)
-        case Concat():
-            return sum(size_of(p) for p in space.parts)
+    """The number of indices: an ``int``, or a sympy expression. It never changes, whatever an axis is bound to."""
+    return space.expr if isinstance(space, Sym) else space.size
+
+
+ONE = Product(())
+
+
+def _children(space: Product | Concat) -> list[Space]:
+    """Factors or parts with nested ones of the same kind taken apart, so that no walk is deeper than log2 of the size."""
+    flat: list[Space] = []
+    stack: list[Space] = [space]
+    while stack:
+        inner = resolve(stack.pop())
+        if isinstance(inner, Product) and isinstance(space, Product):
+            stack.extend(reversed(inner.factors))
+        elif isinstance(inner, Concat) and isinstance(space, Concat):
+            stack.extend(reversed(inner.parts))
+        else:
+            flat.append(inner)
+    return flat
 
 
 def product(*factors: Space) -> Space:
@@ -238,15 +254,19 @@ def _peel(x: Product, y: Product, why: str) -> list[tuple[Space, Space]]:
 
 
 def _cut(x: Concat, y: Concat) -> list[tuple[Space, Space]]:
-    """Concat against Concat: match the first parts, splitting the larger one."""
-    (xh, *xs), (yh, *ys) = x.parts, y.parts
-    nx, ny = size_of(xh), size_of(yh)
-    if nx == ny:
-        return [(concat(*xs), concat(*ys)), (xh, yh)]
-    if nx < ny:
-        (xh, xs, nx), (yh, ys, ny) = (yh, ys, ny), (xh, xs, nx)
-    rest = fresh(nx - ny)
-    return [(concat(rest, *xs), concat(*ys)), (xh, concat(yh, rest))]
+    """Concat against Concat: match part by part, splitting the larger one."""
+    pairs: list[tuple[Space, Space]] = []
+    xs, ys = list(reversed(x.parts)), list(reversed(y.parts))
+    while xs and ys:
+        if size_of(xs[-1]) < size_of(ys[-1]):
+            xs, ys = ys, xs
+        large, small = xs.pop(), ys.pop()
+        left = size_of(large) - size_of(small)
+        if left:
+            xs.append(fresh(left))
+            small = concat(small, xs[-1])
+        pairs.append((large, small))
+    return pairs
 
 
 def _factor(x: Product, y: Concat, why: str) -> list[tuple[Space, Space]]:
@@ -293,14 +313,14 @@ def kept(space: Space, keep: Keep) -> Tensor | None:
         return keep(space)
     if isinstance(space, Sym):
         return None
-    children = space.factors if isinstance(space, Product) else space.parts
+    children = _children(space)
     chosen = [kept(child, keep) for child in children]
     if all(c is None for c in chosen):
         return None
     sizes = [size_of(child) for child in children]
     lists = [torch.arange(n) if c is None else c for n, c in zip(sizes, chosen, strict=True)]
     if isinstance(space, Concat):
-        return torch.cat([part + sum(sizes[:i]) for i, part in enumerate(lists)])
+        return torch.cat([part + start for start, part in zip(accumulate(sizes, initial=0), lists, strict=False)])
     index = lists[0]
     for n, part in zip(sizes[1:], lists[1:], strict=True):
         index = (index[:, None] * n + part).flatten()
@@ -316,9 +336,9 @@ def kept_size(space: Space, count_of: Callable[[Axis], int]) -> Size:
         case Sym():
             return space.expr
         case Product():
-            return math.prod(kept_size(f, count_of) for f in space.factors)
+            return math.prod(kept_size(f, count_of) for f in _children(space))
         case Concat():
-            return sum(kept_size(p, count_of) for p in space.parts)
+            return sum(kept_size(p, count_of) for p in _children(space))
 
 
 def incidence(space: Space, axis: Axis) -> tuple[Tensor, Tensor]:
@@ -334,7 +354,7 @@ def incidence(space: Space, axis: Axis) -> tuple[Tensor, Tensor]:
     if isinstance(space, Axis | Sym):
         return none, none
     units, positions = [none], [none]
-    children = space.factors if isinstance(space, Product) else space.parts
+    children = _children(space)
     sizes = [size_of(child) for child in children]
     for i, child in enumerate(children):
         if not any(leaf is axis for leaf in leaves(child)):

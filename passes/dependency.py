@@ -14,6 +14,7 @@ from .base import Pass
 from .inference import axes_of, infer
 
 GROUPS = "fxprune.groups"
+PLAN = "fxprune.plan"
 
 
 class DependencyPass(Pass):

@@ -6,7 +6,7 @@ units that own its elements and drops the gradient, before backward reaches the 
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -21,6 +21,8 @@ from ..errors import FxPruneError, UsageError, nearest
 from ..groups import Groups, Member, PruneGroup
 from .base import Pass
 from .dependency import groups_of
+
+log = logging.getLogger("fxprune")
 
 SCORES = "fxprune.scores"
 
@@ -42,11 +44,12 @@ class ImportancePass(Pass):
         aggregation: str = "sum",
         loss: Loss | None = None,
         seed: int = 0,
+        sweeps: int = 4,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         super().__init__()
         self.criterion, self.calibration, self.aggregation = criterion, calibration, aggregation
-        self.loss, self.seed, self.progress = loss, seed, progress
+        self.loss, self.seed, self.sweeps, self.progress = loss, seed, sweeps, progress
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Score and annotate; the graph is not modified."""
@@ -59,6 +62,7 @@ class ImportancePass(Pass):
             aggregation=self.aggregation,
             loss=self.loss,
             seed=self.seed,
+            sweeps=self.sweeps,
             progress=self.progress,
         )
         graph_module.meta[SCORES] = scores
@@ -93,9 +97,10 @@ def score(
         gm: The traced model.
         groups: Its prune groups.
         criterion: A name from `fxprune.criteria.CRITERIA`, or a callable ``(name, weight, gradient) -> scores``.
-        calibration: Batches: mappings of ``input_ids`` and the like, with ``[samples, length]`` tensors. Gradients are of the
-            mean loss of each batch; several batches are averaged (after the absolute value for ``taylor1``, so one batch of all
-            samples is LLM-Pruner's definition to the letter; ``taylor_vector`` sums before it).
+        calibration: Batches: mappings from the names of the model's inputs to ``[samples, length]`` tensors, and ``labels`` or
+            whatever else the loss reads. Gradients are of the mean loss of each batch; several batches are averaged (after the
+            absolute value for ``taylor1``, so one batch of all samples is LLM-Pruner's definition to the letter;
+            ``taylor_vector`` sums before it). ``taylor2`` and ``taylor_mixed`` take each sample's own gradient.
         aggregation: One of `fxprune.criteria.AGGREGATIONS`.
         loss: ``(outputs, batch) -> scalar``; by default next-token cross-entropy on the batch's labels or input ids.
         seed: For ``random``.
@@ -106,7 +111,8 @@ def score(
         For each prunable group a float32 CPU tensor of shape ``[group.size]``, larger is more important.
 
     Raises:
-        UsageError: An unknown criterion or aggregation, or no calibration where it is needed.
+        UsageError: An unknown criterion or aggregation, no calibration where it is needed, batches without the inputs that the
+            model was traced with, or a criterion or loss that returns something else than it should.
         FxPruneError: Weights, loss or scores that are NaN or infinite.
     """
     found = find_criterion(criterion)
@@ -121,7 +127,7 @@ def score(
     if isinstance(found, Criterion) and not found.gradient:
         assert found.element is not None
         for name in ledger.parameters:
-            ledger.add(name, found.element(ledger.weight(name), torch.empty(0)))
+            ledger.add(name, found.element(_wide(ledger.weight(name)), torch.empty(0)))
         return ledger.totals(aggregation)
     if not calibration:
         label = found.name if isinstance(found, Criterion) else getattr(found, "__name__", "this")
@@ -152,6 +158,7 @@ class _Ledger:
                     self.members.setdefault(member.name, []).append((group, member))
                     self.sums[group.name, member.name, member.dim] = torch.zeros(group.size, dtype=torch.float64)
         self._incidence: dict[tuple[str, int, str], tuple[Tensor, Tensor]] = {}
+        self._shared: dict[tuple[str, int, int, str], tuple[Tensor, Tensor]] = {}
 
     @property
     def parameters(self) -> list[str]:
@@ -167,23 +174,33 @@ class _Ledger:
         earlier: dict[str, list[Member]] = {}
         lines: dict[int, Tensor] = {}
         for group, member in self.members[name]:
-            own = statistic
             before = earlier.setdefault(group.name, [])
             if before:
-                own = _without_shared(statistic, member, before)
-            if own is not statistic or member.dim not in lines:
-                others = [d for d in range(own.dim()) if d != member.dim]
-                line = own.sum(others, dtype=torch.float32).double().cpu() if others else own.double().cpu()
-                if own is statistic:
-                    lines[member.dim] = line
-            else:
+                line = _line(self._without_shared(statistic, group, member, before), member.dim)
+            elif member.dim in lines:
                 line = lines[member.dim]
-            key = (name, member.dim, group.name)
-            if key not in self._incidence:
-                self._incidence[key] = member.incidence
-            units, positions = self._incidence[key]
+            else:
+                line = lines[member.dim] = _line(statistic, member.dim)
+            units, positions = self._owners(group, member)
             self.sums[group.name, name, member.dim].index_add_(0, units, line[positions] * weight)
             before.append(member)
+
+    def _owners(self, group: PruneGroup, member: Member) -> tuple[Tensor, Tensor]:
+        key = (member.name, member.dim, group.name)
+        if key not in self._incidence:
+            self._incidence[key] = member.incidence
+        return self._incidence[key]
+
+    def _without_shared(self, statistic: Tensor, group: PruneGroup, member: Member, before: Sequence[Member]) -> Tensor:
+        """The statistic without elements that a unit already owns along an earlier dimension of the same parameter."""
+        out = statistic.clone()
+        for other in before:
+            key = (member.name, other.dim, member.dim, group.name)
+            if key not in self._shared:
+                self._shared[key] = _pairs(self._owners(group, other), self._owners(group, member), group.size)
+            theirs, mine = (index.to(out.device) for index in self._shared[key])
+            out.movedim((other.dim, member.dim), (0, 1))[theirs, mine] = 0
+        return out
 
     def totals(self, aggregation: str, *, signed: bool = False) -> dict[str, Tensor]:
         """One score per unit."""
@@ -197,21 +214,26 @@ class _Ledger:
         return result
 
 
-def _without_shared(statistic: Tensor, member: Member, before: Sequence[Member]) -> Tensor:
-    """The statistic without elements that a unit already owns along an earlier dimension of the same parameter."""
-    out = statistic.clone()
-    for other in before:
-        size = max(member.axis.size, 1)
-        mine = torch.zeros(statistic.shape[member.dim], size, dtype=torch.bool)
-        mine[member.incidence[1], member.incidence[0]] = True
-        theirs = torch.zeros(statistic.shape[other.dim], size, dtype=torch.bool)
-        theirs[other.incidence[1], other.incidence[0]] = True
-        shared = (theirs.float() @ mine.float().T) > 0  # [other.dim, member.dim]
-        shape = [1] * statistic.dim()
-        shape[other.dim], shape[member.dim] = shared.shape
-        grid = shared if other.dim < member.dim else shared.T
-        out.masked_fill_(grid.reshape(shape).to(out.device), 0)
-    return out
+def _line(statistic: Tensor, dim: int) -> Tensor:
+    """Sums over every other dimension, in float32 or better: a float64 CPU tensor ``[size of dim]``."""
+    others = [d for d in range(statistic.dim()) if d != dim]
+    wide = torch.promote_types(statistic.dtype, torch.float32)
+    return (statistic.sum(others, dtype=wide) if others else statistic).double().cpu()
+
+
+def _pairs(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
+    """Every pair (position in the first dimension, position in the second) that one unit owns."""
+    (units, left), (others, right) = first, second
+    right = right[torch.argsort(others, stable=True)]
+    count = torch.bincount(others, minlength=size)
+    start, repeats = (count.cumsum(0) - count)[units], count[units]
+    within = torch.arange(int(repeats.sum())) - (repeats.cumsum(0) - repeats).repeat_interleave(repeats)
+    return left.repeat_interleave(repeats), right[start.repeat_interleave(repeats) + within]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Squares of float16 gradients would vanish: they are taken in float32, one parameter at a time."""
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
 def _collect(
@@ -223,9 +245,9 @@ def _collect(
     sweeps: int,
     progress: Callable[[str, int, int], None],
 ) -> None:
-    accepted = input_names(gm)
+    warn_of_padding(gm, calibration)
     if isinstance(criterion, Criterion) and criterion.accumulate:
-        _mixed(gm, ledger, calibration, loss, sweeps, accepted, progress)
+        _mixed(gm, ledger, calibration, loss, sweeps, progress)
         return
     steps = list(_samples(calibration)) if isinstance(criterion, Criterion) and criterion.per_sample else list(calibration)
 
@@ -234,7 +256,7 @@ def _collect(
         assert gradient is not None
         if isinstance(criterion, Criterion):
             assert criterion.element is not None
-            statistic = criterion.element(parameter.detach(), gradient)
+            statistic = criterion.element(_wide(parameter.detach()), _wide(gradient))
         else:
             statistic = criterion(name, parameter.detach(), gradient)
             if not isinstance(statistic, Tensor) or statistic.shape != parameter.shape:
@@ -244,7 +266,7 @@ def _collect(
 
     with _hooks(gm, ledger, ledger.parameters, on_gradient):
         for i, batch in enumerate(steps):
-            _backward(gm, batch, loss, accepted)
+            _backward(gm, batch, loss)
             progress("importance", i + 1, len(steps))
 
 
@@ -254,38 +276,46 @@ def _mixed(
     calibration: Sequence[Batch],
     loss: Loss,
     sweeps: int,
-    accepted: set[str],
     progress: Callable[[str, int, int], None],
 ) -> None:
     """``|w g - w h w / 2|`` needs g and h of all samples element by element: a share of the parameters at a time."""
-    samples, names = list(_samples(calibration)), ledger.parameters
-    share = math.ceil(len(names) / max(1, min(sweeps, len(names))))
-    chunks = [names[i : i + share] for i in range(0, len(names), share)]
+    samples, chunks = list(_samples(calibration)), _shares(ledger, sweeps)
     for number, chunk in enumerate(chunks):
         first: dict[str, Tensor] = {}
         second: dict[str, Tensor] = {}
 
         def on_gradient(name: str, parameter: Tensor, first: dict[str, Tensor] = first, second: dict[str, Tensor] = second) -> None:
-            gradient = parameter.grad
-            assert gradient is not None
+            assert parameter.grad is not None
+            gradient = _wide(parameter.grad)
             for table, value in ((first, gradient), (second, gradient.square())):
                 table[name] = value / len(samples) if name not in table else table[name].add_(value, alpha=1 / len(samples))
             parameter.grad = None
 
         with _hooks(gm, ledger, chunk, on_gradient):
             for i, batch in enumerate(samples):
-                _backward(gm, batch, loss, accepted)
+                _backward(gm, batch, loss)
                 progress("importance", number * len(samples) + i + 1, len(chunks) * len(samples))
         for name in chunk:
             if name in first:
-                w = ledger.weight(name)
+                w = _wide(ledger.weight(name))
                 ledger.add(name, (w * first.pop(name) - 0.5 * w * second.pop(name) * w).abs_())
 
 
+def _shares(ledger: _Ledger, sweeps: int) -> list[list[str]]:
+    """At most ``sweeps`` runs of consecutive parameters, of about the same number of elements."""
+    if sweeps < 1:
+        raise UsageError(f"sweeps must be at least 1, got {sweeps}")
+    total, done = sum(ledger.weight(n).numel() for n in ledger.parameters), 0
+    shares: dict[int, list[str]] = {}
+    for name in ledger.parameters:
+        size = ledger.weight(name).numel()
+        shares.setdefault(min((2 * done + size) * sweeps // (2 * total), sweeps - 1), []).append(name)
+        done += size
+    return list(shares.values())
+
+
 @contextmanager
-def _hooks(
-    gm: GraphModule, ledger: _Ledger, names: Sequence[str], on_gradient: Callable[[str, Tensor], None]
-) -> Iterator[None]:
+def _hooks(gm: GraphModule, ledger: _Ledger, names: Sequence[str], on_gradient: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Only the named parameters get gradients, each handed over and freed; afterwards everything is as before."""
     wanted = {id(ledger.groups.parameters[n].tensor): n for n in names}
     before = {p: (p.requires_grad, p.grad) for p in gm.parameters()}
@@ -296,7 +326,7 @@ def _hooks(
             parameter.grad = None
             parameter.requires_grad_(name is not None)
             if name is not None:
-                handles.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: on_gradient(name, p)))  # type: ignore[misc]
+                handles.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: on_gradient(name, p)))
         with torch.enable_grad():
             yield
     finally:
@@ -307,28 +337,67 @@ def _hooks(
             parameter.grad = gradient
 
 
-def _backward(gm: nn.Module, batch: Batch, loss: Loss, accepted: set[str]) -> None:
+def _backward(gm: GraphModule, batch: Batch, loss: Loss) -> None:
     device = next(gm.parameters()).device
     moved = {k: v.to(device) for k, v in batch.items()}
-    inputs = {k: v for k, v in moved.items() if k in accepted}
-    if not inputs:
-        raise UsageError(f"a calibration batch has {sorted(batch)}, but the model was traced with {sorted(accepted)}")
-    value = loss(gm(**inputs), moved)
+    args, kwargs = call_arguments(gm, moved)
+    value = loss(gm(*args, **kwargs), moved)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise UsageError(f"the loss must return a tensor with one element, got {what}")
     if not bool(torch.isfinite(value)):
         raise FxPruneError(f"the calibration loss is {float(value)}: nothing was pruned")
     value.backward()
 
 
-def input_names(gm: GraphModule) -> set[str]:
-    """Names of the arguments that a traced module takes."""
-    return {str(n.target) for n in gm.graph.nodes if n.op == "placeholder"}
+def call_arguments(gm: GraphModule, batch: Batch) -> tuple[list[Any], dict[str, Any]]:
+    """The positional and keyword arguments that a traced module takes, out of a batch.
+
+    Args:
+        gm: What `fxprune.trace` returned; it is called as it was traced.
+        batch: Mapping from input names; what the module does not take is left out.
+
+    Raises:
+        UsageError: An input of the traced module is missing.
+    """
+    positional, keywords = input_names(gm)
+    missing = [n for n in (*positional, *keywords) if n not in batch]
+    if missing:
+        raise UsageError(
+            f"a calibration batch has {', '.join(batch) or 'nothing'}, but the model was traced with "
+            f"{', '.join((*positional, *keywords))}: {', '.join(missing)} is missing"
+        )
+    return [batch[n] for n in positional], {n: batch[n] for n in keywords}
+
+
+def input_names(gm: GraphModule) -> tuple[list[str], list[str]]:
+    """Names of the positional and of the keyword arguments that a traced module takes."""
+    info: Any = getattr(gm.graph._codegen, "pytree_info", None)
+    if info is None:
+        return [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"], []
+    args, kwargs = info.in_spec.child(0), info.in_spec.child(1)
+    keywords = list(kwargs.context) if kwargs.num_children else []
+    return [n for n in info.orig_args if n not in ("self", *keywords)][: args.num_children], keywords
+
+
+def warn_of_padding(gm: GraphModule, calibration: Sequence[Batch]) -> None:
+    """Say so where padding is marked in the batches, but the traced module takes no mask."""
+    positional, keywords = input_names(gm)
+    masks = [b["attention_mask"] for b in calibration if "attention_mask" in b]
+    if "attention_mask" not in (*positional, *keywords) and not all(bool(m.bool().all()) for m in masks):
+        log.warning("the model was traced without attention_mask: padding in the calibration batches is attended to")
 
 
 def _samples(calibration: Sequence[Batch]) -> Iterator[Batch]:
+    """One sample at a time; a tensor with one row where others have many belongs to every sample."""
     for batch in calibration:
-        rows = min(v.shape[0] for v in batch.values())
+        rows = max(v.shape[0] if v.dim() else 1 for v in batch.values())
+        odd = [k for k, v in batch.items() if v.dim() and v.shape[0] not in (1, rows)]
+        if odd:
+            sizes = ", ".join(f"{k} has {len(v)}" for k, v in batch.items() if v.dim())
+            raise UsageError(f"the tensors of a calibration batch must have equally many samples: {sizes}")
         for i in range(rows):
-            yield {k: v[i : i + 1] for k, v in batch.items()}
+            yield {k: v[i : i + 1] if v.dim() and v.shape[0] == rows else v for k, v in batch.items()}
 
 
 def causal_loss(outputs: Any, batch: Batch) -> Tensor:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 
-from ..errors import UsageError
+from ..errors import FxPruneError, UsageError
 from ..groups import Groups
-from .importance import Batch, input_names
+from .importance import Batch, call_arguments, warn_of_padding
 
 
 def block_influence(gm: GraphModule, groups: Groups, calibration: Sequence[Batch]) -> dict[str, float]:
@@ -19,29 +20,44 @@ def block_influence(gm: GraphModule, groups: Groups, calibration: Sequence[Batch
     Args:
         gm: The traced model.
         groups: Its prune groups; ``groups.blocks`` are measured.
-        calibration: Batches as for `fxprune.score`.
+        calibration: Batches as for `fxprune.score`. Tokens that an ``attention_mask`` marks as padding do not count.
 
     Returns:
         For each residual block (module path) a number from 0 to 2.
 
     Raises:
-        UsageError: There is no calibration batch.
+        UsageError: There is no calibration batch, or one lacks an input that the model was traced with.
+        FxPruneError: The influence of a block is not finite.
     """
     if not calibration:
         raise UsageError("block influence is measured on calibration batches, and there are none")
+    warn_of_padding(gm, calibration)
     names = {b.source for b in groups.blocks.values()} | {b.result for b in groups.blocks.values()}
-    accepted, sums, tokens = input_names(gm), dict.fromkeys(groups.blocks, 0.0), 0
-    order = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+    sums, tokens = dict.fromkeys(groups.blocks, 0.0), dict.fromkeys(groups.blocks, 0.0)
+    device = next(gm.parameters()).device
     for batch in calibration:
+        moved = {k: v.to(device) for k, v in batch.items()}
+        args, kwargs = call_arguments(gm, moved)
         run = _Recorder(gm, names)
         with torch.no_grad():
-            device = next(gm.parameters()).device
-            run.run(*[batch[k].to(device) for k in order if k in accepted], enable_io_processing=False)
+            run.run(*torch.utils._pytree.tree_leaves([*args, *kwargs.values()]), enable_io_processing=False)
         for path, block in groups.blocks.items():
             x, y = run.seen[block.source], run.seen[block.result]
-            sums[path] += float((1 - torch.cosine_similarity(x.float(), y.float(), dim=-1)).sum())
-        tokens += next(iter(run.seen.values()))[..., 0].numel()
-    return {path: total / tokens for path, total in sums.items()}
+            change = 1 - torch.cosine_similarity(x.float(), y.float(), dim=-1)
+            counted = _counted(change, moved)
+            sums[path] += float(change.double()[counted].sum())
+            tokens[path] += int(counted.sum())
+    influence = {path: total / max(tokens[path], 1) for path, total in sums.items()}
+    for path, value in influence.items():
+        if not math.isfinite(value):
+            raise FxPruneError(f"the influence of block '{path}' is {value}: the model or the calibration data is damaged")
+    return influence
+
+
+def _counted(change: Tensor, batch: Batch) -> Tensor:
+    """Which tokens count: all but padding."""
+    mask = batch.get("attention_mask")
+    return mask.bool() if mask is not None and mask.shape == change.shape else torch.ones_like(change, dtype=torch.bool)
 
 
 class _Recorder(Interpreter):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,17 +13,21 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from ..errors import UsageError
 from ..groups import Groups
 from ..plan import PrunePlan
 from ..rules import Resize, rule_for
 from ..rules.registry import bind, rebind
 from ..spaces import Axis, Space, kept
 from .base import Pass
-from .dependency import groups_of
+from .dependency import PLAN, groups_of
 from .inference import tensor_list
 from .modules import to_modules
 
 aten: Any = torch.ops.aten
+
+DENSE = "fxprune.dense"
+"""Key of ``gm.meta``: a weak reference to the dense module that a pruned one came from."""
 
 
 class RewritePass(Pass):
@@ -30,25 +35,31 @@ class RewritePass(Pass):
 
     Parameters are sliced copies. Linear, embedding and convolution parameters live in real ``nn`` submodules under their
     original paths, so that PEFT can inject into them and `torch.compile` sees an ordinary module.
+
+    Args:
+        plan: What to keep; by default what a `SelectionPass` left on the graph.
     """
 
-    def __init__(self, plan: PrunePlan) -> None:
+    def __init__(self, plan: PrunePlan | None = None) -> None:
         super().__init__()
         self.plan = plan
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Copy the graph, drop blocks, resize every call, slice every tensor."""
         groups = groups_of(graph_module)
-        self.plan.check(groups)
-        choice = {groups[n].axis: units for n, units in self.plan.keep.items()}
+        plan = self.plan or graph_module.meta.get(PLAN)
+        if plan is None:
+            raise UsageError("there is no plan: run a SelectionPass before the RewritePass, or give it a plan")
+        plan.check(groups)
+        choice = {groups[n].axis: units for n, units in plan.keep.items()}
         graph, new = _copy(graph_module)
         _resize(graph_module, groups, graph, new, choice)
-        _drop(groups, new, self.plan)
+        _drop(groups, new, plan)
         graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
         root = _slice_tensors(groups, graph, choice)
         to_modules(graph, root, groups.aliases)
         small = GraphModule(root, graph)
-        small.meta["fxprune.plan"] = self.plan
+        small.meta[PLAN], small.meta[DENSE] = plan, weakref.ref(graph_module)
         small.eval()
         return PassResult(small, True)
 

@@ -4,19 +4,22 @@ Units are removed step by step. A *lane* is what must shrink together: one group
 family (the same role in every layer), each losing its own least important units. Every step of every lane has a priority:
 
 - ``local`` ranking: the share of the lane that is gone after it, so all lanes shrink alike;
-- ``global`` ranking: the importance it removes per parameter it removes, so unimportant lanes shrink first.
+- ``global`` ranking: the importance that the step removes per parameter it removes, so unimportant units go first.
 
 Steps are taken in order of priority until the target is met; a lane whose next step would overshoot stops, and the others go on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -25,11 +28,13 @@ from torch.fx.passes.infra.pass_base import PassResult
 from ..errors import PlanError, UsageError, nearest
 from ..groups import KINDS, Groups, PruneGroup, layer_of
 from ..plan import PrunePlan
+from ..spaces import Axis, Concat, Product, Space, kept_size, resolve
 from .base import Pass
-from .dependency import groups_of
+from .dependency import PLAN, groups_of
 from .importance import SCORES
 
-PLAN = "fxprune.plan"
+Whole: TypeAlias = npt.NDArray[np.int64]
+
 LAYERS = "layers"
 DEFAULT_KINDS = ("kv_heads", "query_groups", "ffn")
 RANKINGS = ("local", "global")
@@ -42,15 +47,16 @@ class Selection:
 
     Attributes:
         ratio: Share of all of the model's parameters to remove, in (0, 1). Exactly one of ``ratio`` and ``units`` is given.
-        units: Share of the units of every eligible group to remove (LLM-Pruner's pruning ratio), or a mapping from kind to share.
+        units: Share of the units of every eligible group to remove (LLM-Pruner's pruning ratio), or a mapping from kind to share;
+            the mapping's kinds are then the eligible ones.
         kinds: Kinds that may be pruned, from `fxprune.groups.KINDS` and ``"layers"`` (whole residual blocks); a mapping gives
             each a pace: with 0.5 a kind loses units half as fast as one with 1.
         ranking: ``local`` or ``global``.
         widths: ``uniform`` (the same in every layer, loads everywhere) or ``per-layer``.
         protect_first: Layers at the start that stay whole. With ``uniform`` widths, widths in protected layers would differ: an
-            error, unless only ``layers`` are dropped.
+            error, unless only ``layers`` are dropped. So is a kind whose groups reach through all layers (``hidden``).
         protect_last: Layers at the end that stay whole.
-        protect: Group names or patterns (``model.layers.3.*``) that stay whole.
+        protect: Names or patterns (``model.layers.3.*``) of groups that stay whole, or of blocks with all their groups.
         multiple: Round kept units to a multiple of this: one number for every kind but heads, or a mapping from kind.
         floor: Least share of units that a group keeps; at least one unit always stays.
     """
@@ -67,24 +73,38 @@ class Selection:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("kinds", "protect"):  # one name is a list of one
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+        if isinstance(self.units, Mapping) and self.kinds == DEFAULT_KINDS:
+            object.__setattr__(self, "kinds", tuple(self.units))
         if (self.ratio is None) == (self.units is None):
             raise UsageError("give either ratio= (share of all parameters) or units= (share of units), not both or neither")
-        shares = self.units.values() if isinstance(self.units, Mapping) else [self.ratio if self.units is None else self.units]
-        for share in shares:
+        shares = self.units if isinstance(self.units, Mapping) else {"": self.ratio if self.units is None else self.units}
+        for share in shares.values():
             if not isinstance(share, int | float) or not 0 < share < 1:
                 raise UsageError(f"a ratio must lie between 0 and 1 (0.2 removes 20 %), got {share!r}")
-        for kind in [*self.pace, *(self.units if isinstance(self.units, Mapping) else ())]:
+        multiples = self.multiple if isinstance(self.multiple, Mapping) else {"": self.multiple}
+        for kind in (k for k in [*self.pace, *shares, *multiples] if k):
             if kind not in (*KINDS, LAYERS):
                 raise UsageError(f"unknown kind '{kind}'; {nearest(kind, (*KINDS, LAYERS))}")
-        if not self.pace or all(p == 0 for p in self.pace.values()):
+        for kind in (k for k in shares if k and self.pace.get(k, 0) == 0):
+            raise UsageError(f"units= gives a share for kind '{kind}', but kinds= leaves it out")
+        if any(not 0 <= pace < math.inf for pace in self.pace.values()):
+            raise UsageError(f"a pace must be 0 or a positive number, got {self.pace}")
+        if all(pace == 0 for pace in self.pace.values()):
             raise UsageError("no kind may be pruned: name at least one")
         for name, value, valid in (("ranking", self.ranking, RANKINGS), ("widths", self.widths, WIDTHS)):
             if value not in valid:
                 raise UsageError(f"unknown {name} '{value}'; {nearest(str(value), valid)}")
+        if self.protect_first < 0 or self.protect_last < 0:
+            raise UsageError(
+                f"protect_first and protect_last are numbers of layers, got {self.protect_first} and {self.protect_last}"
+            )
         if not 0 <= self.floor < 1:
             raise UsageError(f"floor is a share of units from 0 up to (not including) 1, got {self.floor}")
-        if any(m < 1 for m in (self.multiple.values() if isinstance(self.multiple, Mapping) else [self.multiple])):
-            raise UsageError(f"multiple must be at least 1, got {self.multiple}")
+        if any(not isinstance(m, int) or m < 1 for m in multiples.values()):
+            raise UsageError(f"multiple must be a whole number, at least 1, got {self.multiple}")
 
     @property
     def pace(self) -> dict[str, float]:
@@ -98,10 +118,10 @@ class Selection:
         return 1 if kind in ("kv_heads", "query_groups", "experts") else self.multiple
 
     def share_of(self, kind: str) -> float:
-        """Share of units to remove in ``units`` mode."""
+        """Share of units to remove in ``units`` mode; of a slower kind, correspondingly less than of the fastest."""
         if isinstance(self.units, Mapping):
             return self.units.get(kind, 0.0)
-        return self.units or 0.0
+        return (self.units or 0.0) * self.pace[kind] / max(self.pace.values())
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the plan's recipe."""
@@ -122,9 +142,11 @@ class Selection:
 class SelectionPass(Pass):
     """Choose units by the scores that an `ImportancePass` left; the plan goes to ``gm.meta["fxprune.plan"]``."""
 
-    def __init__(self, selection: Selection | None = None, *, block_scores: Mapping[str, float] | None = None, **options: Any) -> None:
+    def __init__(
+        self, selection: Selection | None = None, *, block_scores: Mapping[str, float] | None = None, **options: Any
+    ) -> None:
         super().__init__()
-        self.selection = selection or Selection(**options)
+        self.selection = _given(selection, options)
         self.block_scores = block_scores
 
     def call(self, graph_module: GraphModule) -> PassResult:
@@ -137,21 +159,24 @@ class SelectionPass(Pass):
         return PassResult(graph_module, False)
 
 
+def _given(selection: Selection | None, options: Mapping[str, Any]) -> Selection:
+    fields = [f.name for f in dataclasses.fields(Selection)]
+    for name in options:
+        if selection is not None:
+            raise UsageError(f"give either selection= or its fields as keywords, not both ('{name}')")
+        if name not in fields:
+            raise UsageError(f"unknown option '{name}'; {nearest(name, fields)}")
+    return selection or Selection(**options)
+
+
 @dataclass
 class _Lane:
-    """Groups (or blocks) that shrink together, and the counts they may stop at."""
+    """Groups (or blocks) that shrink together, and the counts they may stop at, falling."""
 
     kind: str
     names: list[str]
     size: int
-    stops: list[int]
-
-
-@dataclass(frozen=True)
-class _Step:
-    priority: float
-    lane: int
-    stop: int
+    stops: range
 
 
 def select(
@@ -182,15 +207,15 @@ def select(
         UsageError: Unknown kinds, impossible ratios or protections that match nothing.
         PlanError: The target is out of reach under the constraints; says how far it goes.
     """
-    chosen = selection or Selection(**options)
+    chosen = _given(selection, options)
     lanes = _lanes(groups, chosen)
-    ranked = {n: torch.argsort(scores[n], stable=True) for lane in lanes if lane.kind != LAYERS for n in _known(lane.names, scores)}
+    _check_scores(groups, lanes, scores)
+    ranked = {n: torch.argsort(scores[n], stable=True) for lane in lanes if lane.kind != LAYERS for n in lane.names}
     blocks = _ranked_blocks(groups, chosen, block_scores)
     if chosen.units is not None:
         stops = [_stop_at(lane, chosen.share_of(lane.kind)) for lane in lanes]
     else:
-        steps = sorted(_steps(groups, lanes, chosen, scores, block_scores), key=lambda s: (s.priority, s.stop, s.lane))
-        stops = _fill(groups, lanes, steps, float(chosen.ratio or 0), blocks)
+        stops = _fill(_Meter(groups, lanes, blocks), _steps(groups, lanes, chosen, scores), float(chosen.ratio or 0))
     keep, drop = _materialise(groups, lanes, stops, ranked, blocks)
     removed = 1 - groups.remaining({n: len(u) for n, u in keep.items()}, drop) / groups.total
     facts: dict[str, Any] = {**chosen.to_json(), **(recipe or {}), "removed": round(removed, 6)}
@@ -201,35 +226,56 @@ def select(
     return PrunePlan.from_keep(groups, keep, drop=drop, recipe=facts, scores=dict(scores))
 
 
-def _known(names: Sequence[str], scores: Mapping[str, Tensor]) -> Sequence[str]:
-    for name in names:
+def _check_scores(groups: Groups, lanes: Sequence[_Lane], scores: Mapping[str, Tensor]) -> None:
+    for name in (n for lane in lanes if lane.kind != LAYERS for n in lane.names):
         if name not in scores:
             raise UsageError(f"there are no scores for group '{name}'; score the model first")
-    return names
+        if scores[name].shape != (groups[name].size,):
+            raise UsageError(f"group '{name}' has {groups[name].size} units, but its scores have shape {tuple(scores[name].shape)}")
+        if not bool(torch.isfinite(scores[name]).all()):
+            raise UsageError(f"the scores of group '{name}' are not finite")
+
+
+def _inside(path: str, block: str) -> bool:
+    return path == block or path.startswith(f"{block}.")
+
+
+def _guarded(numbers: set[int], chosen: Selection) -> set[int]:
+    """Which of the layers are protected by their place."""
+    layers = sorted(numbers)
+    return {*layers[: chosen.protect_first], *layers[max(0, len(layers) - chosen.protect_last) :]}
 
 
 def _eligible(groups: Groups, chosen: Selection) -> list[PruneGroup]:
-    layers = sorted({g.layer for g in groups.values() if g.layer is not None})
-    guarded = {*layers[: chosen.protect_first], *layers[len(layers) - chosen.protect_last :]}
+    guarded = _guarded({g.layer for g in groups.values() if g.layer is not None}, chosen)
     for pattern in chosen.protect:
-        if not any(fnmatch.fnmatch(n, pattern) for n in (*groups, *groups.blocks)):
-            raise UsageError(f"protect='{pattern}' matches no group and no block; {nearest(pattern, groups)}")
-    return [
+        if not fnmatch.filter((*groups, *groups.blocks), pattern):
+            raise UsageError(f"protect='{pattern}' matches no group and no block; {nearest(pattern, (*groups, *groups.blocks))}")
+    whole = [b for pattern in chosen.protect for b in fnmatch.filter(groups.blocks, pattern)]
+    protected = {n for pattern in chosen.protect for n in fnmatch.filter(groups, pattern)}
+    protected |= {n for n in groups for b in whole if _inside(n, b)}
+    found = [
         g
         for g in groups.values()
-        if g.prunable
-        and chosen.pace.get(g.kind, 0) > 0
-        and g.layer not in guarded
-        and not any(fnmatch.fnmatch(g.name, p) for p in chosen.protect)
+        if g.prunable and chosen.pace.get(g.kind, 0) > 0 and g.layer not in guarded and g.name not in protected
     ]
+    for group in (g for g in found if g.layer is None):
+        if guarded & {layer_of(m.name) for m in group.members}:
+            raise UsageError(
+                f"'{group.name}' reaches through all layers, so protect_first and protect_last cannot keep some of them whole: "
+                f"leave kind '{group.kind}' out, or protect nothing"
+            )
+    return found
 
 
 def _lanes(groups: Groups, chosen: Selection) -> list[_Lane]:
     eligible = _eligible(groups, chosen)
-    missing = [k for k in chosen.pace if chosen.pace[k] > 0 and k != LAYERS and not any(g.kind == k for g in groups.values() if g.prunable)]
-    if missing and len(missing) == len([k for k in chosen.pace if chosen.pace[k] > 0]):
-        have = sorted({g.kind for g in groups.values() if g.prunable})
-        raise UsageError(f"this model has no prunable group of kind {', '.join(missing)}; it has {', '.join(have) or 'none'}")
+    wanted = [k for k, pace in chosen.pace.items() if pace > 0]
+    have = {g.kind for g in groups.values() if g.prunable}
+    if LAYERS not in wanted and not have.intersection(wanted):
+        raise UsageError(
+            f"this model has no prunable group of kind {', '.join(wanted)}; it has {', '.join(sorted(have)) or 'none'}"
+        )
     lanes: dict[tuple[str, int], _Lane] = {}
     for group in eligible:
         key = (group.family if chosen.widths == "uniform" else group.name, group.size)
@@ -237,108 +283,182 @@ def _lanes(groups: Groups, chosen: Selection) -> list[_Lane]:
             lanes[key] = _Lane(group.kind, [], group.size, _stops(group, chosen))
         lanes[key].names.append(group.name)
     if chosen.widths == "uniform":
-        for (family, size), lane in lanes.items():
-            whole = [g.name for g in groups.values() if g.family == family and g.size == size]
-            if len(lane.names) < len(whole):
-                raise UsageError(
-                    f"widths='uniform' needs the same width in every layer, but some layers of {family} are protected: "
-                    "use widths='per-layer', or protect nothing"
-                )
-    blocks = _open_blocks(groups, chosen)
-    if chosen.pace.get(LAYERS, 0) > 0:
-        if not blocks:
+        _check_uniform(groups, eligible)
+    if LAYERS in wanted:
+        if not groups.blocks:
             raise UsageError("this model has no residual block that can be dropped whole")
-        least = max(1, math.ceil(chosen.floor * len(groups.blocks)))
-        room = min(len(blocks), len(groups.blocks) - least)
-        lanes["", 0] = _Lane(LAYERS, blocks, len(groups.blocks), list(range(len(groups.blocks) - 1, len(groups.blocks) - room - 1, -1)))
+        blocks, n = _open_blocks(groups, chosen), len(groups.blocks)
+        room = min(len(blocks), n - _least(n, chosen.floor))
+        lanes["", 0] = _Lane(LAYERS, blocks, n, range(n - 1, n - room - 1, -1))
     return list(lanes.values())
 
 
-def _stops(group: PruneGroup, chosen: Selection) -> list[int]:
+def _check_uniform(groups: Groups, eligible: Sequence[PruneGroup]) -> None:
+    """No group of a family that shrinks may have to stay as it is."""
+    shrinking, names = {(g.family, g.size) for g in eligible}, {g.name for g in eligible}
+    for group in groups.values():
+        if (group.family, group.size) not in shrinking or group.name in names:
+            continue
+        if not group.prunable:
+            raise UsageError(
+                f"widths='uniform' needs the same width in every layer, but '{group.name}' cannot be pruned ({group.reason}): "
+                "use widths='per-layer', or leave the kind out"
+            )
+        raise UsageError(
+            f"widths='uniform' needs the same width in every layer, but some layers of {group.family} are protected: "
+            "use widths='per-layer', or protect nothing"
+        )
+
+
+def _least(size: int, floor: float) -> int:
+    """Fewest units that stay."""
+    return max(1, math.ceil(floor * size - 1e-9))
+
+
+def _stops(group: PruneGroup, chosen: Selection) -> range:
     """Counts of kept units that a group may stop at, falling."""
-    least = max(1, math.ceil(chosen.floor * group.size))
     multiple = chosen.multiple_of(group.kind)
-    return [n for n in range(group.size - 1, least - 1, -1) if n % multiple == 0]
+    return range((group.size - 1) // multiple * multiple, _least(group.size, chosen.floor) - 1, -multiple)
 
 
 def _open_blocks(groups: Groups, chosen: Selection) -> list[str]:
-    numbers = sorted({layer_of(p) or 0 for p in groups.blocks})
-    guarded = {*numbers[: chosen.protect_first], *numbers[len(numbers) - chosen.protect_last :]}
-    return [
-        p for p in groups.blocks if (layer_of(p) or 0) not in guarded and not any(fnmatch.fnmatch(p, pattern) for pattern in chosen.protect)
-    ]
+    guarded = _guarded({layer_of(p) or 0 for p in groups.blocks}, chosen)
+    kept = {n for pattern in chosen.protect for n in fnmatch.filter((*groups, *groups.blocks), pattern)}
+    return [p for p in groups.blocks if (layer_of(p) or 0) not in guarded and not any(_inside(n, p) for n in kept)]
 
 
 def _ranked_blocks(groups: Groups, chosen: Selection, block_scores: Mapping[str, float] | None) -> list[str]:
     """Blocks in the order in which they go: least important first, or from the end."""
     blocks = _open_blocks(groups, chosen)
-    return blocks[::-1] if block_scores is None else sorted(blocks, key=lambda p: block_scores[p])
+    if block_scores is None:
+        return blocks[::-1]
+    if chosen.pace.get(LAYERS, 0) > 0:
+        for path in blocks:
+            if path not in block_scores:
+                raise UsageError(f"there is no score for block '{path}'; give one for each, or none")
+    return sorted(blocks, key=lambda p: block_scores.get(p, 0.0))
 
 
-def _steps(
-    groups: Groups, lanes: Sequence[_Lane], chosen: Selection, scores: Mapping[str, Tensor], block_scores: Mapping[str, float] | None
-) -> list[_Step]:
-    steps = []
-    for number, lane in enumerate(lanes):
-        pace = chosen.pace[lane.kind]
+def _steps(groups: Groups, lanes: Sequence[_Lane], chosen: Selection, scores: Mapping[str, Tensor]) -> Whole:
+    """Each step's lane, in order of priority; the steps of one lane are in order, one for each of its stops."""
+    priorities: list[npt.NDArray[np.float64]] = [np.empty(0)]
+    for lane in lanes:
+        gone, pace = lane.size - np.array(lane.stops, dtype=np.int64), chosen.pace[lane.kind]
         if chosen.ranking == "local":
-            steps += [_Step((lane.size - stop) / lane.size / pace, number, i) for i, stop in enumerate(lane.stops)]
+            priorities.append(gone / lane.size / pace)
             continue
         if lane.kind == LAYERS:
-            raise UsageError("global ranking compares units by importance per parameter; whole layers have none: use ranking='local'")
-        order = torch.stack([torch.sort(scores[n].double()).values for n in lane.names]).sum(0).cumsum(0)
-        cost = sum(groups[n].parameters_per_unit for n in lane.names)
-        densities = [float(order[lane.size - stop - 1]) / ((lane.size - stop) * cost) / pace for stop in lane.stops]
-        running = torch.tensor(densities, dtype=torch.float64).cummax(0).values if densities else torch.empty(0)
-        steps += [_Step(float(d), number, i) for i, d in enumerate(running)]
-    return steps
+            raise UsageError(
+                "global ranking compares units by importance per parameter; whole layers have none: use ranking='local'"
+            )
+        rising = torch.stack([scores[n].double().cpu().sort().values for n in lane.names]).sum(0).numpy()
+        removed, cost = np.append(0.0, rising.cumsum())[gone], sum(groups[n].parameters_per_unit for n in lane.names)
+        density = np.diff(removed, prepend=0.0) / (np.diff(gone, prepend=0) * cost)
+        density = np.where(density < 0, density * pace, density / pace)
+        priorities.append(np.maximum.accumulate(density) if len(density) else density)
+    numbers = np.repeat(np.arange(len(lanes)), [len(lane.stops) for lane in lanes])
+    within = np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(len(lane.stops)) for lane in lanes)])
+    order: Whole = numbers[np.lexsort((numbers, within, np.concatenate(priorities)))]
+    return order
 
 
-def _fill(groups: Groups, lanes: Sequence[_Lane], steps: Sequence[_Step], ratio: float, blocks: Sequence[str]) -> list[int | None]:
+class _Meter:
+    """Parameters that are left when each lane has taken so many of its steps: exact, and quick.
+
+    Parameters of one layout (the same expression over other axes, as in every layer) are counted together.
+    """
+
+    def __init__(self, groups: Groups, lanes: Sequence[_Lane], blocks: Sequence[str]) -> None:
+        self.lanes, self.total = lanes, groups.total
+        lane_of = {groups[n].axis: i for i, lane in enumerate(lanes) if lane.kind != LAYERS for n in lane.names}
+        last = next((i for i, lane in enumerate(lanes) if lane.kind == LAYERS), None)
+        self.layers = last
+        gone_after: dict[str, int] = {}
+        for i, path in enumerate(blocks if last is not None else ()):
+            for name in groups.parameters_of([path]):
+                gone_after.setdefault(name, i + 1)
+        alike: dict[Any, tuple[list[Space], list[Axis], list[list[int]], list[int]]] = {}
+        for name, value in groups.parameters.items():
+            seen: dict[Axis, int] = {}
+            layout = tuple(_layout(space, seen) for space in value)
+            _, _, rows, gone = alike.setdefault(layout, (list(value), list(seen), [], []))
+            rows.append([lane_of.get(axis, -1) for axis in seen])
+            gone.append(gone_after.get(name, len(blocks) + 1))
+        self.alike = [
+            (dims, axes, np.array(rows, dtype=np.int64).reshape(len(rows), -1), np.array(gone))
+            for dims, axes, rows, gone in alike.values()
+        ]
+
+    def stops(self, taken: Whole) -> list[int | None]:
+        """Units kept by each lane, None where no step was taken."""
+        return [lane.stops[n - 1] if n else None for lane, n in zip(self.lanes, taken.tolist(), strict=True)]
+
+    def left(self, taken: Whole) -> int:
+        """Parameters left."""
+        counts = np.array(
+            [lane.size if s is None else s for lane, s in zip(self.lanes, self.stops(taken), strict=True)], dtype=np.int64
+        )
+        dropped = 0 if self.layers is None else self.lanes[self.layers].size - int(counts[self.layers])
+        total = 0
+        for dims, axes, rows, gone in self.alike:
+            table: dict[Axis, Any] = {}
+            for i, axis in enumerate(axes):
+                lane = rows[:, i]
+                table[axis] = np.where(lane < 0, axis.size, counts[lane]) if len(counts) else np.full(len(rows), axis.size)
+            size = math.prod(cast(int, kept_size(space, table.__getitem__)) for space in dims)
+            total += int((size * (gone > dropped)).sum())
+        return total
+
+
+def _layout(space: Space, seen: dict[Axis, int]) -> Any:
+    """The expression of a space with its axes numbered as they come."""
+    space = resolve(space)
+    match space:
+        case Axis():
+            return (seen.setdefault(space, len(seen)), space.size)
+        case Product(factors=children):
+            return ("x", *(_layout(c, seen) for c in children))
+        case Concat(parts=children):
+            return ("+", *(_layout(c, seen) for c in children))
+        case _:
+            return "?"
+
+
+def _fill(meter: _Meter, steps: Whole, ratio: float) -> list[int | None]:
     """Take steps in order while the target is not exceeded; a lane that would overshoot stops. Returns each lane's stop."""
-    target = (1 - ratio) * groups.total
-    frozen: set[int] = set()
-    best: tuple[float, list[int | None]] = (math.inf, [None] * len(lanes))
+    lanes, target = len(meter.lanes), (1 - ratio) * meter.total
 
-    def state(prefix: Sequence[_Step], base: Sequence[int | None]) -> list[int | None]:
-        stops = list(base)
-        for step in prefix:
-            stops[step.lane] = lanes[step.lane].stops[step.stop]
-        return stops
+    def after(base: Whole, prefix: Whole) -> Whole:
+        return base + np.bincount(prefix, minlength=lanes)
 
-    def left(stops: Sequence[int | None]) -> int:
-        counts = {n: s for lane, s in zip(lanes, stops, strict=True) if s is not None and lane.kind != LAYERS for n in lane.names}
-        gone = next((lane.size - s for lane, s in zip(lanes, stops, strict=True) if lane.kind == LAYERS and s is not None), 0)
-        return groups.remaining(counts, blocks[:gone])
-
-    base: list[int | None] = [None] * len(lanes)
-    todo = list(steps)
+    taken: Whole = np.zeros(lanes, dtype=np.int64)
+    everything, todo = after(taken, steps), steps
+    candidates: list[tuple[float, Whole]] = []
     while True:
         low, high = 0, len(todo)  # the longest prefix that does not exceed the target
         while low < high:
             middle = (low + high + 1) // 2
-            if left(state(todo[:middle], base)) >= target:
+            if meter.left(after(taken, todo[:middle])) >= target:
                 low = middle
             else:
                 high = middle - 1
-        base = state(todo[:low], base)
-        gap = left(base) - target
-        best = min(best, (abs(gap), base), key=lambda b: b[0])
+        taken = after(taken, todo[:low])
+        gap = meter.left(taken) - target
+        candidates.append((abs(gap), taken))
         if low == len(todo):
             break
-        over = state(todo[: low + 1][low:], base)
-        best = min(best, (abs(left(over) - target), over), key=lambda b: b[0])
-        if gap <= 5e-4 * groups.total:
+        over = after(taken, todo[low : low + 1])
+        candidates.append((abs(meter.left(over) - target), over))
+        if gap <= 5e-4 * meter.total:
             break
-        frozen.add(todo[low].lane)
-        todo = [s for s in todo[low:] if s.lane not in frozen]
-    reached = 1 - left(best[1]) / groups.total
-    if left(state(steps, [None] * len(lanes))) - target > 1e-3 * groups.total:  # not even with every step
+        todo = todo[low:][todo[low:] != todo[low]]
+    best = min(candidates, key=lambda c: c[0])[1]  # the first of equals
+    if meter.left(everything) - target > 1e-3 * meter.total:  # not even with every step
         raise PlanError(
-            f"a ratio of {ratio:.1%} cannot be reached: with these kinds, protections, floor and multiple at most {reached:.1%} "
-            "of the parameters can go"
+            f"a ratio of {ratio:.1%} cannot be reached: with these kinds, protections, floor and multiple at most "
+            f"{1 - meter.left(best) / meter.total:.1%} of the parameters can go"
         )
-    return best[1]
+    return meter.stops(best)
 
 
 def _stop_at(lane: _Lane, share: float) -> int | None:

@@ -22,7 +22,8 @@ from ..groups import Groups
 from ..plan import PrunePlan
 from ..spaces import Axis, Space, kept
 from .base import Pass
-from .dependency import groups_of
+from .dependency import PLAN, groups_of
+from .rewrite import DENSE
 
 aten: Any = torch.ops.aten
 
@@ -64,19 +65,25 @@ class VerifyPass(Pass):
     The module passed in is the pruned one; the report is left in ``gm.meta["fxprune.verify"]``.
 
     Args:
-        dense: The traced dense module.
-        plan: The plan that lies between them.
+        dense: The traced dense module; by default the one that a `RewritePass` started from.
+        plan: The plan that lies between them; by default the `RewritePass`'s.
         inputs: Example inputs, a mapping or a tuple.
         tolerance: Largest relative error; by default by dtype (1e-4 in float32).
     """
 
-    def __init__(self, dense: GraphModule, plan: PrunePlan, inputs: Any, *, tolerance: float | None = None) -> None:
+    def __init__(
+        self, dense: GraphModule | None = None, plan: PrunePlan | None = None, inputs: Any = None, *, tolerance: float | None = None
+    ) -> None:
         super().__init__()
         self.dense, self.plan, self.inputs, self.tolerance = dense, plan, inputs, tolerance
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Measure, annotate, and raise `VerificationError` above tolerance."""
-        report = verify(self.dense, graph_module, self.plan, self.inputs, tolerance=self.tolerance)
+        known = graph_module.meta.get(DENSE)
+        dense, plan = self.dense or (known() if known else None), self.plan or graph_module.meta.get(PLAN)
+        if dense is None or plan is None:
+            raise UsageError("give a VerifyPass the dense module and the plan, or run a RewritePass before it")
+        report = verify(dense, graph_module, plan, self.inputs, tolerance=self.tolerance)
         graph_module.meta["fxprune.verify"] = report
         if not report.ok:
             raise VerificationError(

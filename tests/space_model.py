@@ -7,9 +7,10 @@ from functools import reduce
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from fxprune.spaces import Axis, Concat, Product, Space, Sym, resolve
+from fxprune.spaces import Axis, Concat, Product, Space, Sym, resolve, size_of
 
 Mask = Any
 """A one-dimensional numpy array of bool: True for the indices that stay."""
@@ -37,10 +38,26 @@ def kept_mask(space: Space, choice: Mapping[Axis, Tensor], symbols: Mapping[Any,
     return np.concatenate([kept_mask(p, choice, symbols) for p in space.parts])
 
 
+def parts(space: Space) -> list[Mask]:
+    """For each part of each Concat in a space, at whatever depth, the positions of the dimension that belong to it."""
+    space = resolve(space)
+    if not isinstance(space, Product | Concat):
+        return []
+    children = space.factors if isinstance(space, Product) else space.parts
+    found = []
+    for i, child in enumerate(children):
+        before, after = ([np.ones(size_of(c), dtype=bool) for c in some] for some in (children[:i], children[i + 1 :]))
+        whole = [np.ones(size_of(child), dtype=bool)] if isinstance(space, Concat) else []
+        for inner in [*whole, *parts(child)]:
+            if isinstance(space, Concat):
+                found.append(np.concatenate([*(b & False for b in before), inner, *(a & False for a in after)]))
+            else:
+                found.append(reduce(lambda x, y: np.logical_and.outer(x, y).reshape(-1), [*before, inner, *after]))
+    return found
+
+
 def owners(space: Space, axis: Axis) -> set[tuple[int, int]]:
     """Every (unit, position) such that removing the unit alone removes the position."""
-    import torch
-
     pairs = set()
     for unit in range(axis.size):
         others = torch.tensor([u for u in range(axis.size) if u != unit], dtype=torch.long)
