@@ -9,19 +9,20 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from .calibration import Calibration, load_calibration
+from .calibration import BATCH, LENGTH, SAMPLES, Calibration, load_calibration
 from .capture import quiet, trace
 from .checkpoint.config import Unsolved, solve_config
 from .checkpoint.eager import Surgery, call, judge, operate
 from .checkpoint.save import save_pruned
-from .criteria import Criterion, UserCriterion, find_criterion
-from .errors import CheckpointError, UsageError, VerificationError
+from .criteria import Criterion, UserCriterion, check_aggregation, find_criterion
+from .errors import CheckpointError, UsageError, VerificationError, nearest
 from .groups import Groups
 from .passes.dependency import find_groups
 from .passes.importance import Loss, score
@@ -34,6 +35,11 @@ from .plan import PrunePlan
 log = logging.getLogger("fxprune")
 
 Progress = Callable[[str, int, int], None]
+
+LAYERS_BY = ("influence", "first")
+
+CRITERION = "taylor2"
+"""The default: of the paper's criteria the one that keeps the most of SmolLM2-135M (see the README)."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,8 @@ class PruneResult:
 
     Attributes:
         graph_module: The rewritten ``torch.fx.GraphModule``.
-        model: The same network as an eager model of the dense model's class; None where that class cannot express it (the report's
-            note says why).
+        model: The same network, with the same parameter objects, as an eager model of the dense model's class; None where that
+            class cannot express it (the report's note says why).
         plan: What was kept.
         report: Numbers, the verify result among them.
         groups: The dense model's prune groups.
@@ -156,13 +162,15 @@ def prune(
     calibration: Calibration = None,
     tokenizer: Any = None,
     inputs: Any = None,
-    criterion: str | Criterion | UserCriterion = "taylor1",
+    criterion: str | Criterion | UserCriterion = CRITERION,
     aggregation: str = "sum",
     selection: Selection | None = None,
     plan: PrunePlan | None = None,
     loss: Loss | None = None,
-    samples: int = 10,
-    length: int = 64,
+    layers_by: str = "influence",
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    batch_size: int = BATCH,
     seed: int = 0,
     verify_inputs: Any = None,
     check: bool = True,
@@ -184,8 +192,11 @@ def prune(
         selection: Targets and constraints; or give fields of `fxprune.passes.selection.Selection` as keywords.
         plan: A ready plan to replay; nothing is scored or selected.
         loss: ``(outputs, batch) -> scalar`` for models without next-token loss.
+        layers_by: For kind ``layers``: ``influence`` (least measured influence goes first) or ``first`` (the first ones stay, as in
+            LLM-Pruner's layer-wise baseline).
         samples: Calibration samples.
         length: Tokens of each.
+        batch_size: Samples at a time.
         seed: For calibration sampling and random scores.
         verify_inputs: What to verify on; by default the example inputs.
         check: Verify (on by default).
@@ -197,23 +208,22 @@ def prune(
         A `PruneResult`.
 
     Raises:
-        UsageError: An argument that cannot be used.
+        UsageError: An argument that cannot be used, or two that contradict each other.
         CaptureError: The model cannot be traced.
         VerificationError: The pruned graph differs from its reference.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"expected a torch.nn.Module to prune, got {type(model).__name__}")
-    find_criterion(criterion)
-    chosen = selection
-    if plan is None and selection is None:
-        chosen = Selection(ratio=ratio, **options)
+    scoring = _Scoring(criterion, aggregation, calibration, layers_by, samples, length, batch_size, seed)
+    scoring.check()
+    chosen = _target(ratio, selection, plan, options)
     clock = _Clock()
     example = inputs if inputs is not None else example_inputs(model)
     gm: GraphModule = clock("trace", trace, model, example)
     groups: Groups = clock("groups", find_groups, gm)
     if plan is None:
         assert chosen is not None
-        plan = _make_plan(model, gm, groups, chosen, clock, criterion, aggregation, calibration, tokenizer, loss, samples, length, seed, progress)
+        plan = _make_plan(model, gm, groups, chosen, scoring, tokenizer=tokenizer, loss=loss, clock=clock, progress=progress)
     small: GraphModule = clock("rewrite", rewrite, gm, plan)
     probe = verify_inputs if verify_inputs is not None else example
     checked: VerifyReport | None = None
@@ -274,56 +284,86 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(0, vocabulary, (2, 16), generator=generator).to(device)}
 
 
+def _target(
+    ratio: float | None, selection: Selection | None, plan: PrunePlan | None, options: Mapping[str, Any]
+) -> Selection | None:
+    """The selection to make, None where a plan is replayed; contradictions are refused."""
+    fields = [f.name for f in dataclass_fields(Selection)]
+    for name in options:
+        if name not in fields:
+            raise UsageError(f"unknown option '{name}'; {nearest(name, fields)}")
+    given = [*(["ratio"] if ratio is not None else []), *options]
+    if plan is not None and (given or selection is not None):
+        raise UsageError(f"plan= is replayed as it is: leave out {(given or ['selection'])[0]}=")
+    if selection is not None and given:
+        raise UsageError(f"selection= says what to remove: leave out {given[0]}=")
+    return selection if plan is not None or selection is not None else Selection(ratio=ratio, **options)
+
+
+def check_layers_by(layers_by: str) -> None:
+    """Raise `UsageError` unless blocks can be ranked that way."""
+    if layers_by not in LAYERS_BY:
+        raise UsageError(f"unknown layers_by '{layers_by}'; {nearest(str(layers_by), LAYERS_BY)}")
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """How `prune` scores: the arguments that belong together."""
+
+    criterion: str | Criterion | UserCriterion
+    aggregation: str
+    calibration: Calibration
+    layers_by: str
+    samples: int
+    length: int
+    batch_size: int
+    seed: int
+
+    def check(self) -> None:
+        find_criterion(self.criterion)
+        check_aggregation(self.aggregation)
+        check_layers_by(self.layers_by)
+
+    def recipe(self, calibration: str) -> dict[str, Any]:
+        found = find_criterion(self.criterion)
+        return {
+            "criterion": found.name if isinstance(found, Criterion) else getattr(found, "__name__", "callable"),
+            "aggregation": self.aggregation,
+            "layers_by": self.layers_by,
+            "calibration": calibration,
+            "samples": self.samples,
+            "length": self.length,
+            "seed": self.seed,
+        }
+
+
 def _make_plan(
     model: nn.Module,
     gm: GraphModule,
     groups: Groups,
     chosen: Selection,
-    clock: _Clock,
-    criterion: str | Criterion | UserCriterion,
-    aggregation: str,
-    calibration: Calibration,
+    how: _Scoring,
+    *,
     tokenizer: Any,
     loss: Loss | None,
-    samples: int,
-    length: int,
-    seed: int,
+    clock: _Clock,
     progress: Progress | None,
 ) -> PrunePlan:
-    found = find_criterion(criterion)
-    only_layers = all(k == LAYERS for k, pace in chosen.pace.items() if pace > 0)
-    wants_blocks = chosen.pace.get(LAYERS, 0) > 0
-    needs_text = wants_blocks or not isinstance(found, Criterion) or found.gradient
+    """Calibrate what needs it, score, select."""
+    found = find_criterion(how.criterion)
+    units = any(pace > 0 for kind, pace in chosen.pace.items() if kind != LAYERS)
+    measured = chosen.pace.get(LAYERS, 0) > 0 and how.layers_by == "influence"
     batches: Sequence[Mapping[str, torch.Tensor]] = []
     described = "none"
-    if needs_text and not (only_layers and isinstance(found, Criterion) and found.name == "random"):
-        batches, described = clock(
-            "calibration", load_calibration, calibration, model=model, tokenizer=tokenizer, samples=samples, length=length, seed=seed
-        )
+    if measured or (units and (not isinstance(found, Criterion) or found.gradient)):
+        shape = {"samples": how.samples, "length": how.length, "batch_size": how.batch_size, "seed": how.seed}
+        batches, described = clock("calibration", load_calibration, how.calibration, model=model, tokenizer=tokenizer, **shape)
     scores = {}
-    if not only_layers:
-        scores = clock(
-            "importance",
-            score,
-            gm,
-            groups,
-            criterion=criterion,
-            calibration=batches,
-            aggregation=aggregation,
-            loss=loss,
-            seed=seed,
-            progress=progress,
-        )
-    influence = clock("influence", block_influence, gm, groups, batches) if wants_blocks and batches else None
-    recipe = {
-        "criterion": found.name if isinstance(found, Criterion) else getattr(found, "__name__", "callable"),
-        "aggregation": aggregation,
-        "calibration": described,
-        "samples": samples,
-        "length": length,
-        "seed": seed,
-    }
-    plan: PrunePlan = clock("selection", select, groups, scores, chosen, block_scores=influence, recipe=recipe)
+    if units:
+        options = {"aggregation": how.aggregation, "loss": loss, "seed": how.seed, "progress": progress}
+        scores = clock("importance", score, gm, groups, criterion=how.criterion, calibration=batches, **options)
+    influence = clock("influence", block_influence, gm, groups, batches) if measured else None
+    plan: PrunePlan = clock("selection", select, groups, scores, chosen, block_scores=influence, recipe=how.recipe(described))
     return plan
 
 
@@ -341,14 +381,16 @@ def _eager(
             failure = same(stock)
             if failure is None:
                 return "uniform", Surgery(stock), _error(reference, stock, probe), ""
-            note = f"no stock configuration expresses the plan: its {type(model).__name__} differs from the pruned graph ({failure})"
+            note = (
+                f"no stock configuration expresses the plan: its {type(model).__name__} differs from the pruned graph ({failure})"
+            )
         except (Unsolved, CheckpointError) as problem:
             note = f"no stock configuration expresses the plan: {problem}"
         form = "per-layer"
     else:
         form = "module"
     try:
-        surgery = operate(model, groups, plan, same)
+        surgery = operate(model, small, groups, plan, same)
     except CheckpointError as problem:
         return "graph", None, None, str(problem)
     return form, surgery, _error(reference, surgery.model, probe), note
@@ -369,12 +411,14 @@ def _stock(model: Any, config: Any, small: GraphModule, groups: Groups, plan: Pr
 
     with init_empty_weights(include_buffers=False):
         stock = type(model)(config)
-    state = sliced_state(model, groups, plan)
-    missing, unexpected = stock.load_state_dict(state, strict=False, assign=True)
+    state = sliced_state(model, small, groups, plan)
+    _, unexpected = stock.load_state_dict(state, strict=False, assign=True)
     stock.tie_weights()
     left = [n for n, p in stock.named_parameters() if p.is_meta]
     if left or unexpected:
-        raise CheckpointError(f"stock {type(model).__name__} has parameters that the pruned model lacks: {(left or unexpected)[:3]}")
+        raise CheckpointError(
+            f"stock {type(model).__name__} has parameters that the pruned model lacks: {(left or unexpected)[:3]}"
+        )
     first = next(model.parameters())
     stock.to(first.device)
     if getattr(model, "generation_config", None) is not None:

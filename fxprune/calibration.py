@@ -18,6 +18,9 @@ from .errors import FxPruneError, UsageError
 
 Calibration: TypeAlias = "str | os.PathLike[str] | Sequence[str] | Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None"
 
+SAMPLES, LENGTH, BATCH = 32, 128, 8
+"""Defaults: on SmolLM2-135M 32 x 128 tokens give much better scores than LLM-Pruner's 10 x 64 (see the README)."""
+
 TEXT_FIELDS = ("text", "content", "document", "instruction")
 
 
@@ -26,8 +29,9 @@ def load_calibration(
     *,
     model: nn.Module,
     tokenizer: Any = None,
-    samples: int = 10,
-    length: int = 64,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    batch_size: int = BATCH,
     seed: int = 0,
 ) -> tuple[list[Mapping[str, Tensor]], str]:
     """Calibration batches, and one line that says what they are.
@@ -40,10 +44,11 @@ def load_calibration(
         tokenizer: Needed for text.
         samples: Number of sequences; cut at seeded random places of the tokenised text.
         length: Tokens of each.
+        batch_size: Samples in each batch; what is held in memory at a time.
         seed: Of the sampling.
 
     Returns:
-        (one batch ``{"input_ids": LongTensor [samples, length]}``, a description).
+        (batches ``{"input_ids": LongTensor [batch_size, length]}``, a description).
 
     Raises:
         UsageError: A missing or damaged file, too little text, no tokenizer, an unknown dataset or column, batches that hold
@@ -52,9 +57,11 @@ def load_calibration(
     """
     if samples < 1 or length < 2:
         raise UsageError(f"calibration needs at least 1 sample of 2 tokens, got samples={samples}, length={length}")
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     if source is None:
         ids = sample_from(model, samples, length, seed)
-        return [{"input_ids": ids}], f"{samples} x {length} tokens sampled from the model, seed {seed}"
+        return _batches(ids, batch_size), f"{samples} x {length} tokens sampled from the model, seed {seed}"
     texts: Iterable[str]
     if isinstance(source, str | os.PathLike):
         texts, label = read_texts(source), os.fspath(source)
@@ -73,8 +80,12 @@ def load_calibration(
         raise UsageError(f"the calibration text '{label}' has {len(ids)} tokens, fewer than one sample of {length}")
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(ids) - length + 1, (samples,), generator=generator)
-    batch = torch.stack([ids[s : s + length] for s in starts.tolist()])
-    return [{"input_ids": batch}], f"{samples} x {length} tokens of {label}, seed {seed}"
+    rows = torch.stack([ids[s : s + length] for s in starts.tolist()])
+    return _batches(rows, batch_size), f"{samples} x {length} tokens of {label}, seed {seed}"
+
+
+def _batches(ids: Tensor, size: int) -> list[Mapping[str, Tensor]]:
+    return [{"input_ids": part} for part in ids.split(size)]
 
 
 def encode(tokenizer: Any, texts: Iterable[str], *, wanted: int | None = None) -> Tensor:

@@ -48,17 +48,26 @@ def _logging(verbose: int) -> None:
     logging.getLogger("fxprune").setLevel(logging.INFO if verbose else logging.WARNING)
 
 
-def pairs(text: str) -> Any:
-    """``a,b`` as a list, ``a=0.5,b=1`` as a mapping, ``0.3`` as a number."""
+def kinds(text: str) -> list[str] | dict[str, float]:
+    """``a,b`` as a list, ``a=0.5,b=1`` as a mapping."""
+    return _mapping(text) if "=" in text else [item.strip() for item in text.split(",") if item.strip()]
+
+
+def shares(text: str) -> float | dict[str, float]:
+    """``0.3`` as a number, ``a=0.5,b=1`` as a mapping."""
     if "=" in text:
-        try:
-            return {k.strip(): float(v) for k, v in (item.split("=") for item in text.split(","))}
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not of the form name=number,name=number") from None
+        return _mapping(text)
     try:
         return float(text)
     except ValueError:
-        return [item.strip() for item in text.split(",") if item.strip()]
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor of the form kind=number,kind=number") from None
+
+
+def _mapping(text: str) -> dict[str, float]:
+    try:
+        return {k.strip(): float(v) for k, v in (item.split("=") for item in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form kind=number,kind=number") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,9 +96,11 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the output directory if it exists")
     what = parser.add_argument_group("what to remove")
     what.add_argument("--ratio", type=float, help="share of all parameters, 0.2 for 20 %%")
-    what.add_argument("--units", type=pairs, help="instead: share of units, 0.25 or ffn=0.3,kv_heads=0.33")
+    what.add_argument("--units", type=shares, help="instead: share of units, 0.25 or ffn=0.3,kv_heads=0.33")
     what.add_argument("--plan", help="instead: replay a plan file")
-    what.add_argument("--kinds", type=pairs, help="kinds to prune, a,b or with a pace a=1,b=0.5 (default kv_heads,query_groups,ffn)")
+    what.add_argument(
+        "--kinds", type=kinds, help="kinds to prune, a,b or with a pace a=1,b=0.5 (default kv_heads,query_groups,ffn)"
+    )
     what.add_argument("--ranking", default="local", help="local (every layer alike) or global (importance per parameter)")
     what.add_argument("--widths", default="uniform", help="uniform (loads everywhere) or per-layer")
     what.add_argument("--protect-first", type=int, default=0, metavar="K", help="leave the first K layers whole")
@@ -98,11 +109,17 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--multiple", type=int, default=1, help="round widths to a multiple (heads excepted)")
     what.add_argument("--floor", type=float, default=0.0, help="least share of units that a group keeps")
     how = parser.add_argument_group("importance")
-    how.add_argument("--criterion", default="taylor1", help="random, l1, l2, taylor_vector, taylor1, taylor2, taylor_mixed")
+    how.add_argument("--criterion", default="taylor2", help="random, l1, l2, taylor_vector, taylor1, taylor2, taylor_mixed")
     how.add_argument("--aggregation", default="sum", help="sum, mean, max, product, last, first")
-    how.add_argument("--calibration", help="a .txt/.json/.jsonl file (.gz too) or a datasets name; default: the model's own samples")
-    how.add_argument("--samples", type=int, default=10, help="calibration samples (default 10)")
-    how.add_argument("--length", type=int, default=64, help="tokens of each (default 64)")
+    how.add_argument(
+        "--calibration", help="a .txt/.json/.jsonl file (.gz too) or a datasets name; default: the model's own samples"
+    )
+    how.add_argument(
+        "--layers-by", default="influence", help="for kind layers: influence (measured) or first (the first ones stay)"
+    )
+    how.add_argument("--samples", type=int, default=32, help="calibration samples (default 32)")
+    how.add_argument("--length", type=int, default=128, help="tokens of each (default 128)")
+    how.add_argument("--batch-size", type=int, default=8, help="calibration samples at a time (default 8)")
     how.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry-run", action="store_true", help="show the plan's effect and stop; nothing is scored or written")
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison with the masked dense model")

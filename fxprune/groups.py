@@ -96,7 +96,12 @@ class PruneGroup:
     @property
     def family(self) -> str:
         """The name with its layer number left out: groups of one family play one role in different layers."""
-        return re.sub(r"(?<=\.)\d+(?=\.)", "*", self.name, count=1)
+        return family_of(self.name)
+
+
+def family_of(name: str) -> str:
+    """A group's name with its layer number left out."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name, count=1)
 
 
 def layer_of(path: str) -> int | None:

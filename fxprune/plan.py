@@ -209,7 +209,7 @@ class PrunePlan:
 def _expect(data: Any, key: str, kind: type) -> Any:
     value = data[key]
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"'{key}' should be a {kind.__name__}, got {value!r:.80}")
+        raise TypeError(f"'{key}' should be of type {kind.__name__}, got {value!r:.80}")
     return value
 
 

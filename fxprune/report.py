@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .groups import Groups
+from .groups import Groups, family_of, layer_of
 
 BAR = 24
 
@@ -34,7 +33,7 @@ def markdown(data: Mapping[str, Any], groups: Groups | None = None) -> str:
 def write_report(directory: Path, data: Mapping[str, Any], groups: Groups | None = None) -> Path:
     """Write ``report.md`` into a checkpoint directory and return its path."""
     path = directory / "report.md"
-    path.write_text(markdown(data, groups))
+    path.write_text(markdown(data, groups), encoding="utf-8")
     return path
 
 
@@ -99,9 +98,8 @@ def _widths(data: Mapping[str, Any], groups: Groups | None) -> str:
         return ""
     families: dict[str, list[tuple[int, list[int]]]] = {}
     for name, sizes in data["widths"].items():
-        family = re.sub(r"(?<=\.)\d+(?=\.)", "*", name, count=1)
-        number = re.search(r"\.(\d+)\.", name)
-        families.setdefault(family, []).append((int(number[1]) if number else -1, sizes))
+        layer = layer_of(name)
+        families.setdefault(family_of(name), []).append((-1 if layer is None else layer, sizes))
     out = ["## What went\n\n"]
     if data["dropped"]:
         out.append(f"Whole blocks: {', '.join(data['dropped'])}\n\n")
@@ -126,10 +124,8 @@ def _samples(data: Mapping[str, Any]) -> str:
     samples = data.get("samples")
     if not samples:
         return ""
-    out = ["## Generated text\n"]
-    for sample in samples:
-        out.append(f"\nPrompt: *{sample['prompt']}*\n\n- before: {_line(sample['before'])}\n- after: {_line(sample['after'])}\n")
-    return "".join(out)
+    texts = (f"\nPrompt: *{s['prompt']}*\n\n- before: {_line(s['before'])}\n- after: {_line(s['after'])}\n" for s in samples)
+    return "## Generated text\n" + "".join(texts)
 
 
 def _line(text: str) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -157,7 +159,7 @@ def group_table(groups: Groups, *, only_prunable: bool = False, expand: bool = F
     Returns:
         A table whose caption is the summary.
     """
-    table = Table(caption=str(group_summary(groups)), caption_justify="left")
+    table = Table(caption=str(group_summary(groups)), caption_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("group", overflow="fold")
     table.add_column("kind")
     table.add_column("units", justify="right")
@@ -168,6 +170,12 @@ def group_table(groups: Groups, *, only_prunable: bool = False, expand: bool = F
         cells = (row.name, row.kind, f"{row.units:,}", _number(row.parameters_per_unit), row.layers or "-", _verdict(row))
         table.add_row(*map(Text, cells), style=None if row.prunable else "dim")  # Text: a name is no markup
     return table
+
+
+def wide_console() -> Console:
+    """A console for standard output that does not squeeze tables into 80 columns where there is no terminal to fit."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
 def _number(n: float) -> str:

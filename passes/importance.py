@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from ..criteria import AGGREGATIONS, Criterion, UserCriterion, aggregate, find_criterion
-from ..errors import FxPruneError, UsageError, nearest
+from ..criteria import Criterion, UserCriterion, aggregate, check_aggregation, find_criterion
+from ..errors import FxPruneError, UsageError
 from ..groups import Groups, Member, PruneGroup
 from .base import Pass
 from .dependency import groups_of
@@ -116,8 +116,7 @@ def score(
         FxPruneError: Weights, loss or scores that are NaN or infinite.
     """
     found = find_criterion(criterion)
-    if aggregation not in AGGREGATIONS:
-        raise UsageError(f"unknown aggregation '{aggregation}'; {nearest(aggregation, AGGREGATIONS)}")
+    check_aggregation(aggregation)
     wanted = [g for g in groups.values() if g.prunable]
     _check_weights(groups)
     if isinstance(found, Criterion) and found.name == "random":
@@ -128,7 +127,7 @@ def score(
         assert found.element is not None
         for name in ledger.parameters:
             ledger.add(name, found.element(_wide(ledger.weight(name)), torch.empty(0)))
-        return ledger.totals(aggregation)
+        return ledger.totals(aggregation, signed=found.signed)
     if not calibration:
         label = found.name if isinstance(found, Criterion) else getattr(found, "__name__", "this")
         raise UsageError(f"criterion '{label}' needs calibration batches, and there are none")
@@ -346,7 +345,7 @@ def _backward(gm: GraphModule, batch: Batch, loss: Loss) -> None:
         what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise UsageError(f"the loss must return a tensor with one element, got {what}")
     if not bool(torch.isfinite(value)):
-        raise FxPruneError(f"the calibration loss is {float(value)}: nothing was pruned")
+        raise FxPruneError(f"the calibration loss is {float(value.detach())}: nothing was pruned")
     value.backward()
 
 

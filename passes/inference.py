@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -77,17 +77,18 @@ def _size(n: Any) -> Size:
     return int(expr) if getattr(expr, "is_Integer", False) else expr
 
 
-def _shaped(node: Node, make: Callable[[Size], Any], **facts: Any) -> Any:
+def _form(val: Any, make: Callable[[Tensor], Value]) -> Any:
+    """An example value with a `Value` for every tensor: one, or a list in which sizes and None keep their places."""
+    if isinstance(val, Tensor):
+        return make(val)
+    if isinstance(val, list | tuple):
+        return [_form(v, make) for v in val]
+    return _size(val) if isinstance(val, int | torch.SymInt) and not isinstance(val, bool) else None
+
+
+def _shaped(node: Node, make: Callable[[Size], Any]) -> Any:
     """A `Value` (or a list of them, or a size) in the form of the node's example value."""
-
-    def of(val: Any) -> Any:
-        if isinstance(val, Tensor):
-            return Value([make(_size(n)) for n in val.shape], **facts)
-        if isinstance(val, list | tuple):
-            return [of(v) for v in val]
-        return _size(val) if isinstance(val, int | torch.SymInt) and not isinstance(val, bool) else None
-
-    return of(node.meta.get("val"))
+    return _form(node.meta.get("val"), lambda tensor: Value([make(_size(n)) for n in tensor.shape]))
 
 
 def tensor_list(value: Any) -> list[Value]:
@@ -105,8 +106,9 @@ def _pin_all(value: Any, reason: str) -> None:
 
 def _operator(found: Inference, node: Node) -> Any:
     if getattr(node.target, "__name__", "") == "getitem":
-        source = found.values[node.args[0].name]  # type: ignore[union-attr]
-        return source[node.args[1]] if isinstance(source, list) else None
+        source, index = cast("tuple[Node, int]", node.args)
+        values = found.values[source.name]
+        return values[index] if isinstance(values, list) else None
     outputs = tensor_list(_shaped(node, fresh))
     arguments = torch.fx.node.map_arg(bind(node), lambda n: found.values.get(n.name))
     call = Call(node, dict(arguments), [v.shape for v in outputs])
@@ -115,9 +117,8 @@ def _operator(found: Inference, node: Node) -> Any:
         return _scalar(call)
     tensors = list(call.tensors())
     weight = bool(tensors) and all(t.weight for t in tensors)
-    results = _apply(call)
-    made = [Value(dims, weight=weight) for dims in results]
-    return made if isinstance(node.meta["val"], list | tuple) else made[0]
+    results = iter(_apply(call))
+    return _form(node.meta["val"], lambda _: Value(next(results), weight=weight))
 
 
 def _scalar(call: Call) -> Any:
@@ -144,17 +145,29 @@ def _apply(call: Call) -> list[list[Any]]:
     except Exception as error:  # noqa: BLE001 - an incomplete rule must never become a wrong one
         log.warning("the rule for %s failed: %r", call.why, error)
         return call.give_up(f"the rule failed ({type(error).__name__})")
+    if len(results) == len(call.shapes):
+        results = [_settle(call, dims, shape) for dims, shape in zip(results, call.shapes, strict=True)]
     if len(results) != len(call.shapes) or not all(map(_fits, results, call.shapes)):
         log.warning("the rule for %s gave %s for shapes %s", call.why, results, call.shapes)
         return call.give_up("the rule does not cover this case")
     return results
 
 
+def _settle(call: Call, dims: list[Any], shape: list[Size]) -> list[Any]:
+    """Where the trace has specialised a symbolic size, or the other way round, that one dimension is pinned."""
+    reason = "viewed as a dimension of another nature"
+    out = []
+    for space, n in zip(dims, shape, strict=False):
+        same = isinstance(size_of(space), int) == isinstance(n, int)
+        out.append(space if same else call.fresh(n, pin=reason))
+        if not same:
+            call.pin(space, reason)
+    return out + dims[len(shape) :]
+
+
 def _fits(dims: list[Any], shape: list[Size]) -> bool:
     sizes = [size_of(s) for s in dims]
-    return len(sizes) == len(shape) and all(
-        isinstance(a, int) == isinstance(b, int) and (a == b or not isinstance(a, int)) for a, b in zip(sizes, shape, strict=True)
-    )
+    return len(sizes) == len(shape) and all(a == b or not isinstance(a, int) for a, b in zip(sizes, shape, strict=True))
 
 
 def axes_of(value: Any) -> set[Any]:

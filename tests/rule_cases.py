@@ -603,12 +603,12 @@ ELEMENTWISE = [
     op(aten.where.ScalarSelf, bools(3, 4), 1.0, t(3, 4)),
     op(aten.where.ScalarOther, bools(4), t(3, 4), 0.0),
     op(aten.where.Scalar, bools(3, 4), 1.0, 0.0),
-    op(getattr(aten, "__and__").Scalar, ints(9, 3, 4), 3),
-    op(getattr(aten, "__and__").Tensor, bools(3, 4), bools(4)),
-    op(getattr(aten, "__or__").Tensor, bools(3, 4), bools(3, 1)),
-    op(getattr(aten, "__or__").Scalar, ints(9, 3, 4), 3),
-    op(getattr(aten, "__xor__").Tensor, bools(3, 4), bools(3, 4)),
-    op(getattr(aten, "__xor__").Scalar, ints(9, 3, 4), 3),
+    op(aten.__and__.Scalar, ints(9, 3, 4), 3),
+    op(aten.__and__.Tensor, bools(3, 4), bools(4)),
+    op(aten.__or__.Tensor, bools(3, 4), bools(3, 1)),
+    op(aten.__or__.Scalar, ints(9, 3, 4), 3),
+    op(aten.__xor__.Tensor, bools(3, 4), bools(3, 4)),
+    op(aten.__xor__.Scalar, ints(9, 3, 4), 3),
     op(aten.relu6.default, t(3, 4)),
     op(aten.log_sigmoid.default, t(3, 4)),
     op(aten.hardswish.default, t(3, 4)),
@@ -707,7 +707,7 @@ def _kept_only(arguments: Arguments, keep: Keep, name: str) -> Any:
 
 
 def _over(x: Any, arguments: Arguments) -> dict[str, Any]:
-    dim = arguments.get("dim")
+    dim: Any = arguments.get("dim")
     everything = dim is None or dim == []
     axis = tuple(range(x.ndim)) if everything else (dim,) if isinstance(dim, int) else tuple(dim)
     return {"axis": axis, "keepdims": bool(arguments.get("keepdim"))}
@@ -754,14 +754,14 @@ def _affine(x: Any, a: Arguments) -> Any:
 
 def _layer_norm(a: Arguments, keep: Keep) -> list[Any]:
     x = _kept_only(a, keep, "input")
-    over = {"axis": tuple(range(x.ndim - len(a["normalized_shape"]), x.ndim)), "keepdims": True}
+    over: dict[str, Any] = {"axis": tuple(range(x.ndim - len(a["normalized_shape"]), x.ndim)), "keepdims": True}
     mean, scale = np.ma.mean(x, **over), 1 / np.ma.sqrt(np.ma.var(x, **over) + a["eps"])
     return [_plain(_affine((x - mean) * scale, a)), _plain(mean), _plain(scale)]
 
 
 def _rms_norm(a: Arguments, keep: Keep) -> list[Any]:
     x = _kept_only(a, keep, "input")
-    over = {"axis": tuple(range(x.ndim - len(a["normalized_shape"]), x.ndim)), "keepdims": True}
+    over: dict[str, Any] = {"axis": tuple(range(x.ndim - len(a["normalized_shape"]), x.ndim)), "keepdims": True}
     eps = np.finfo(x.dtype).eps if a["eps"] is None else a["eps"]
     scale = 1 / np.ma.sqrt(np.ma.mean(x**2, **over) + eps)
     return [_plain(_affine(x * scale, a)), _plain(scale)]

@@ -61,7 +61,13 @@ def small(model: nn.Module, ids: Tensor) -> GraphModule:
 
 def test_the_pipeline_runs_in_torchs_pass_manager(traced: GraphModule, ids: Tensor) -> None:
     manager = PassManager(
-        [DependencyPass(), ImportancePass("taylor1", [{"input_ids": ids}]), SelectionPass(ratio=0.2), RewritePass(), VerifyPass(inputs={"input_ids": ids})]
+        [
+            DependencyPass(),
+            ImportancePass("taylor1", [{"input_ids": ids}]),
+            SelectionPass(ratio=0.2),
+            RewritePass(),
+            VerifyPass(inputs={"input_ids": ids}),
+        ]
     )
     result = manager(traced)
     assert result.modified
@@ -95,7 +101,7 @@ def test_a_wrong_rewrite_fails_the_verify_pass(traced: GraphModule, ids: Tensor)
     plan = fxprune.select(groups, fxprune.score(traced, groups, "l1"), ratio=0.2)
     small = fxprune.rewrite(traced, plan)
     with torch.no_grad():
-        small.get_submodule("model.layers.1.mlp.down_proj").weight[0, 0] += 1.0
+        small.get_parameter("model.layers.1.mlp.down_proj.weight")[0, 0] += 1.0
     with pytest.raises(VerificationError, match=r"the pruned network differs from its reference \(masked dense\)"):
         VerifyPass(traced, plan, {"input_ids": ids})(small)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 def blocks(file: str, language: str) -> list[str]:
     """The fenced code blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / file).read_text(), flags=re.M | re.S)
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / file).read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def make_checkpoint(directory: Path) -> None:
@@ -29,7 +28,7 @@ def make_checkpoint(directory: Path) -> None:
     words = sorted(set(re.findall(r"\w+|[^\w\s]", (ROOT / "README.md").read_text())))[:300]
     vocabulary = {w: i for i, w in enumerate(["<unk>", "<s>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>").save_pretrained(directory)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -48,11 +47,11 @@ def make_checkpoint(directory: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current directory of its own, with ``my-model`` in it."""
     make_checkpoint(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    return tmp_path
 
 
 @pytest.mark.parametrize(("file", "count"), [("README.md", 6), ("docs/rules.md", 1)])

@@ -29,7 +29,8 @@ def solve_config(model: nn.Module, groups: Groups, plan: PrunePlan) -> Any:
     """The stock configuration whose model has exactly the pruned parameter shapes.
 
     Integer fields that equal a size that changed are candidates; each is tried on a model built on the meta device, and the
-    assignment with no mismatched parameter wins (coordinate descent, most plans need one round).
+    assignment with no mismatched parameter wins (coordinate descent, most plans need one round). Where these do not suffice,
+    fields that are None are tried too: many classes derive a size unless it is said (GPT-2's ``n_inner``).
 
     Args:
         model: The dense Hugging Face model.
@@ -42,11 +43,15 @@ def solve_config(model: nn.Module, groups: Groups, plan: PrunePlan) -> Any:
     Raises:
         Unsolved: There is none: widths differ between layers, or the class ties sizes together.
     """
+    if hasattr(model.config, "fxprune"):
+        raise Unsolved("the model itself has the per-layer form")
     widths: dict[str, set[int]] = {}
     for group in groups.values():
         if not any(group.name.startswith(f"{path}.") for path in plan.drop):
             widths.setdefault(group.family, set()).add(len(plan.keep[group.name]) if group.name in plan.keep else group.size)
-    uneven = [f for f, sizes in widths.items() if len(sizes) > 1 and any(g.family == f and g.name in plan.keep for g in groups.values())]
+    uneven = [
+        f for f, sizes in widths.items() if len(sizes) > 1 and any(g.family == f and g.name in plan.keep for g in groups.values())
+    ]
     if uneven:
         raise Unsolved(f"widths differ between layers ({uneven[0]})")
     drop = dropped_entries(plan)
@@ -60,20 +65,21 @@ def solve_config(model: nn.Module, groups: Groups, plan: PrunePlan) -> Any:
     flat = [(key, value) for key, values in options.items() for value in values]
     moves = [dict([move]) for move in flat]  # one field at a time, then two: a class may refuse either change alone
     moves += [dict(pair) for pair in itertools.combinations(flat, 2) if pair[0][0] != pair[1][0]]
-    for _ in range(len(options) + 1):
-        start = best
-        for move in moves:
-            if best == 0:
+    for stage in (moves, [{key: value} for key in _unset(config) for value in _dimensions(wanted, model)]):
+        for _ in range(len(options) + 1):
+            start = best
+            for move in stage:
+                if best == 0:
+                    break
+                wrong, why = _mismatches(model, config, {**chosen, **move}, wanted)
+                if wrong < best:
+                    best, chosen, problem = wrong, {**chosen, **move}, why
+                elif wrong == REFUSED and stage is moves:
+                    refusal = refusal or why
+            if best in (0, start):
                 break
-            wrong, why = _mismatches(model, config, {**chosen, **move}, wanted)
-            if wrong < best:
-                best, chosen, problem = wrong, {**chosen, **move}, why
-            elif wrong == REFUSED:
-                refusal = refusal or why
         if best == 0:
             return _with(config, chosen)
-        if best == start:
-            break
     raise Unsolved(refusal or problem)
 
 
@@ -116,6 +122,22 @@ def _options(config: Any, groups: Groups, plan: PrunePlan) -> Iterator[tuple[str
                 yield f"{prefix}head_dim", [width]
 
 
+def _unset(config: Any) -> Iterator[str]:
+    """Fields that a configuration leaves to its class, and that could be a size."""
+    from transformers import PreTrainedConfig
+
+    known = set(vars(PreTrainedConfig()))
+    for key, value in vars(config).items():
+        if value is None and key not in known and not key.endswith("_id"):
+            yield key
+
+
+def _dimensions(wanted: Mapping[str, tuple[int, ...]], model: nn.Module) -> list[int]:
+    """Sizes that a whole dimension of a parameter takes by the pruning."""
+    before = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    return sorted({new for name, shape in wanted.items() for old, new in zip(before[name], shape, strict=True) if old != new})
+
+
 def _derived_head_dim(part: Any) -> int | None:
     hidden, heads = getattr(part, "hidden_size", None), getattr(part, "num_attention_heads", None)
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
@@ -141,7 +163,10 @@ def _mismatches(model: nn.Module, config: Any, chosen: Mapping[str, int], wanted
             built = type(model)(made)
     except Exception as error:  # noqa: BLE001 - a refused configuration is an answer
         text = str(error).strip().splitlines()
-        return REFUSED, f"{type(config).__name__} refuses {dict(chosen)}: {text[-1].strip()[:200] if text else type(error).__name__}"
+        return (
+            REFUSED,
+            f"{type(config).__name__} refuses {dict(chosen)}: {text[-1].strip()[:200] if text else type(error).__name__}",
+        )
     shapes = {n: tuple(p.shape) for n, p in built.named_parameters(remove_duplicate=False)}
     wrong = sum(shapes.get(n) != s for n, s in wanted.items()) + len(set(shapes) - set(wanted))
     return wrong, f"{wrong} parameters would have another shape in a stock {type(model).__name__}" if wrong else ""

@@ -42,14 +42,17 @@ class Surgery:
     spec: dict[str, Any] = field(default_factory=dict)
 
 
-def operate(model: nn.Module, groups: Groups, plan: PrunePlan, same: Callable[[nn.Module], str | None]) -> Surgery:
+def operate(
+    model: nn.Module, small: nn.Module, groups: Groups, plan: PrunePlan, same: Callable[[nn.Module], str | None]
+) -> Surgery:
     """Prune the eager model itself: sliced tensors in a structural copy, then integer attributes that follow the new sizes.
 
     Which attributes follow is not tabulated: those equal to a pruned size (or a product of sizes) are candidates, and the smallest
     change that reproduces the rewritten graph's outputs is taken.
 
     Args:
-        model: The dense eager model; it is not changed, and tensors that lost nothing are copied.
+        model: The dense eager model; it is not changed.
+        small: The rewritten graph module; the result shares its parameters.
         groups: Its prune groups.
         plan: What to keep.
         same: Judges a candidate: None if its outputs equal the rewritten graph's, else what went wrong.
@@ -57,8 +60,7 @@ def operate(model: nn.Module, groups: Groups, plan: PrunePlan, same: Callable[[n
     Raises:
         CheckpointError: No assignment of attributes makes the eager model equal to the rewritten graph.
     """
-    choice = {groups[n].axis: units for n, units in plan.keep.items()}
-    pruned = copy.deepcopy(model, _sliced_memo(model, groups, choice))
+    pruned = copy.deepcopy(model, _sliced_memo(model, small, groups, plan))
     drop, renumber = _drop(pruned, plan)
     spec: dict[str, Any] = {"drop": drop, "renumber": renumber}
     spec["lengths"] = {path: len(list(model.get_submodule(path).children())) for path in drop}
@@ -76,7 +78,8 @@ def operate(model: nn.Module, groups: Groups, plan: PrunePlan, same: Callable[[n
         if failure is None:
             log.info("eager model matched at attempt %d with %s", attempt + 1, chosen)
             spec["attributes"] = _by_module({**changes, **chosen})
-            return Surgery(pruned, spec)
+            earlier = getattr(getattr(model, "config", None), "fxprune", None)
+            return Surgery(pruned.eval(), spec if earlier is None else combined(earlier, spec))
         problem = problem or failure
         _set(pruned, undo)
     raise CheckpointError(
@@ -85,23 +88,27 @@ def operate(model: nn.Module, groups: Groups, plan: PrunePlan, same: Callable[[n
     )
 
 
-def _sliced_memo(model: nn.Module, groups: Groups, choice: Mapping[Axis, Tensor]) -> dict[int, Any]:
-    """A deepcopy memo that hands out sliced tensors, so that no dense copy is ever made."""
+def _sliced_memo(model: nn.Module, small: nn.Module, groups: Groups, plan: PrunePlan) -> dict[int, Any]:
+    """A deepcopy memo that hands out the rewritten graph's parameters and sliced buffers: no dense copy is ever made."""
+    choice = {groups[n].axis: units for n, units in plan.keep.items()}
+    shared = dict(small.named_parameters())
     memo: dict[int, Any] = {}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in named:
         value = groups.inference.tensors.get(groups.aliases.get(name, name))
         if id(tensor) in memo:
             continue
-        data = tensor.detach().clone() if value is None else slice_tensor(tensor, value.dims, dict(choice))
+        if groups.aliases.get(name, name) in shared:
+            memo[id(tensor)] = shared[groups.aliases.get(name, name)]
+            continue
+        data = tensor.detach().clone() if value is None else slice_tensor(tensor, value.dims, choice)
         memo[id(tensor)] = nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
     return memo
 
 
-def sliced_state(model: nn.Module, groups: Groups, plan: PrunePlan) -> dict[str, Tensor]:
-    """The pruned state dict under the names after dropping; tied parameters share their tensor."""
-    choice = {groups[n].axis: units for n, units in plan.keep.items()}
-    memo = _sliced_memo(model, groups, choice)
+def sliced_state(model: nn.Module, small: nn.Module, groups: Groups, plan: PrunePlan) -> dict[str, Tensor]:
+    """The pruned state dict under the names after dropping; parameters are the rewritten graph's own, tied ones one tensor."""
+    memo = _sliced_memo(model, small, groups, plan)
     drop = dropped_entries(plan)
     state = model.state_dict(keep_vars=True)
     return {new: memo[id(t)] for n, t in state.items() if (new := renamed(n, drop)) is not None}
@@ -114,6 +121,20 @@ def dropped_entries(plan: PrunePlan) -> dict[str, list[int]]:
         parent, _, number = path.rpartition(".")
         drop.setdefault(parent, []).append(int(number))
     return drop
+
+
+def combined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """One surgery on the dense model that does what two do one after the other (a per-layer model was pruned again)."""
+    drop = {path: list(gone) for path, gone in first["drop"].items()}
+    lengths = {**second["lengths"], **first["lengths"]}
+    for path, gone in second["drop"].items():
+        left = [i for i in range(lengths[path]) if i not in drop.get(path, ())]
+        drop[path] = sorted([*drop.get(path, ()), *(left[i] for i in gone)])
+    made: dict[str, Any] = {"drop": drop, "lengths": lengths, "renumber": {**second["renumber"], **first["renumber"]}}
+    for key in ("shapes", "buffers", "attributes"):
+        kept = {new: v for n, v in first[key].items() if (new := renamed(n, second["drop"])) is not None}
+        made[key] = {n: {**kept.get(n, {}), **v} if key == "attributes" else v for n, v in {**kept, **second[key]}.items()}
+    return {**made, "dense": first.get("dense", {})}
 
 
 def _drop(pruned: nn.Module, plan: PrunePlan) -> tuple[dict[str, list[int]], dict[str, list[str]]]:
@@ -246,7 +267,9 @@ def _whole(run: tuple[spaces.Space, ...], units: Callable[[Axis], int]) -> int:
 Change = dict[tuple[str, str], int]
 
 
-def _candidates(pruned: nn.Module, sizes: Mapping[str, list[tuple[int, int]]], changed: set[str], settled: set[tuple[str, str]]) -> list[Change]:
+def _candidates(
+    pruned: nn.Module, sizes: Mapping[str, list[tuple[int, int]]], changed: set[str], settled: set[tuple[str, str]]
+) -> list[Change]:
     """Integer attributes near pruned parameters that equal a size that changed, one choice for each class and attribute."""
     table: dict[tuple[str, str, int], Change] = {}
     paths = {n.rsplit(".", 1)[0] for n in changed}

@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import CheckpointError, UsageError
 from .surgery import apply_surgery
 
+DAMAGE = (OSError, KeyError, ValueError, RuntimeError, SafetensorError)
+"""What reading a damaged or foreign checkpoint raises."""
 
-def load(directory: str | os.PathLike[str], *, model: nn.Module | None = None, dtype: Any = "auto", device_map: Any = None) -> nn.Module:
+
+def load(
+    directory: str | os.PathLike[str], *, model: nn.Module | None = None, dtype: Any = "auto", device_map: Any = None
+) -> nn.Module:
     """Load what ``result.save_pretrained`` wrote, whatever its form.
 
     Args:
@@ -38,12 +44,12 @@ def load(directory: str | os.PathLike[str], *, model: nn.Module | None = None, d
     if not path.is_dir():
         raise UsageError(f"there is no directory '{path}'")
     if (path / SPEC_FILE).is_file():
-        return _load_module(path, model, json.loads((path / SPEC_FILE).read_text()))
+        return _load_module(path, model)
     if not (path / "config.json").is_file():
         raise UsageError(f"'{path}' holds no checkpoint: there is no config.json")
     options = {} if device_map is None else {"device_map": device_map}
-    config = json.loads((path / "config.json").read_text())
     try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if "fxprune" not in config:
             import transformers
 
@@ -51,17 +57,20 @@ def load(directory: str | os.PathLike[str], *, model: nn.Module | None = None, d
             return cls.from_pretrained(path, dtype=dtype, **options).eval()  # type: ignore[no-any-return]
         name = f"{MODELING}_{path.resolve().as_posix().encode().hex()[-16:]}"
         spec = importlib.util.spec_from_file_location(name, path / f"{MODELING}.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         cls = getattr(module, config["auto_map"]["AutoModelForCausalLM"].rpartition(".")[2])
         return cls.from_pretrained(path, dtype=dtype, **options).eval()  # type: ignore[no-any-return]
-    except (OSError, KeyError, ValueError) as error:
+    except DAMAGE as error:
         raise CheckpointError(f"cannot load the checkpoint '{path}': {error}") from error
 
 
-def _load_module(path: Path, model: nn.Module | None, spec: dict[str, Any]) -> nn.Module:
+def _load_module(path: Path, model: nn.Module | None) -> nn.Module:
     from safetensors.torch import load_model
+
+    from .save import SPEC_FILE
 
     if model is None:
         raise UsageError(f"'{path}' holds a pruned plain module: pass the dense one, fxprune.load(dir, model=dense)")
@@ -70,6 +79,10 @@ def _load_module(path: Path, model: nn.Module | None, spec: dict[str, Any]) -> n
         if isinstance(tensor, nn.Parameter):
             memo[id(tensor)] = nn.Parameter(torch.empty_like(tensor), requires_grad=tensor.requires_grad)
     small = copy.deepcopy(model, memo)
-    apply_surgery(small, spec)
-    load_model(small, str(path / "model.safetensors"))
+    try:
+        apply_surgery(small, json.loads((path / SPEC_FILE).read_text(encoding="utf-8")))
+        load_model(small, str(path / "model.safetensors"))
+    except (*DAMAGE, AttributeError) as error:
+        reason = str(error).strip().replace("\n\t", " ")
+        raise CheckpointError(f"cannot load '{path}' into this {type(model).__name__}: {reason}") from error
     return small.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import CheckpointError, UsageError
@@ -34,40 +36,88 @@ def new_directory(target: str | os.PathLike[str], *, overwrite: bool = False) ->
 
     Raises:
         UsageError: The target exists (and may not be overwritten), or its parent cannot be written to.
+        CheckpointError: The disk is full, or writing failed otherwise. An old directory is then as it was.
     """
-    target = Path(target)
-    check_target(target, overwrite=overwrite)
+    typed, target = target, Path(os.path.abspath(target))
+    check_target(typed, overwrite=overwrite)
+    made = [p for p in target.parents if not p.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     except OSError as error:
-        raise UsageError(f"cannot write beside '{target}': {error.strerror}") from error
+        _remove_empty(made)
+        raise UsageError(f"cannot write beside '{typed}': {error.strerror}") from error
     try:
         yield work
         work.chmod(0o755)
-        old = None
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            target.rename(old / "was")
-        work.rename(target)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(f"could not write '{target}': {error.strerror or error}; nothing was left behind") from error
+        _put_in_place(work, target)
+    except Exception as error:
+        trouble = None if isinstance(error, CheckpointError) else _disk_trouble(error)
+        if trouble is None:
+            raise
+        raise CheckpointError(f"could not write '{typed}': {trouble}; nothing was left behind") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        _remove_empty(made)
+
+
+def _put_in_place(work: Path, target: Path) -> None:
+    """Rename ``work`` to ``target``; what was there goes only once the new one stands."""
+    if not target.exists():
+        work.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    try:
+        target.rename(old / "was")
+        try:
+            work.rename(target)
+        except BaseException:
+            (old / "was").rename(target)
+            raise
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_empty(made: list[Path]) -> None:
+    """Remove the directories that were made on the way, unless something is in them."""
+    for path in made:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def _disk_trouble(error: BaseException | None) -> str | None:
+    """What the operating system said, from wherever it was wrapped; None for an error of another kind."""
+    while error is not None:
+        if isinstance(error, OSError | SafetensorError):
+            return getattr(error, "strerror", None) or str(error)
+        error = error.__cause__
+    return None
 
 
 def check_target(target: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Raise `UsageError` if an output directory may not be written; called early, before anything is computed."""
+    """Raise `UsageError` if an output directory may not be written; called early, before anything is computed.
+
+    Only a directory that holds a checkpoint is ever overwritten: a mistyped name must not cost anybody's files.
+    """
     path = Path(target)
     if path.exists() and not path.is_dir():
         raise UsageError(f"the output '{path}' is a file; name a directory")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UsageError(f"the output directory '{path}' exists and is not empty; choose another, or say overwrite")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise UsageError(f"the output directory '{path}' exists and is not empty; choose another, or say overwrite")
+        if not any((path / name).is_file() for name in ("config.json", PLAN_FILE)):
+            raise UsageError(f"the output directory '{path}' holds no checkpoint: it will not be replaced; choose another")
+    nearest = next(p for p in Path(os.path.abspath(path)).parents if p.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"cannot write '{path}': '{nearest}' is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write '{path}': no permission to write in '{nearest}'")
 
 
-def save_pruned(result: PruneResult, directory: str | os.PathLike[str], *, overwrite: bool = False, max_shard_size: str = "5GB") -> None:
+def save_pruned(
+    result: PruneResult, directory: str | os.PathLike[str], *, overwrite: bool = False, max_shard_size: str = "5GB"
+) -> None:
     """Write a pruned model as a Hugging Face checkpoint, reload it, compare, and put it in place.
 
     Args:
@@ -78,7 +128,8 @@ def save_pruned(result: PruneResult, directory: str | os.PathLike[str], *, overw
 
     Raises:
         UsageError: The directory exists.
-        CheckpointError: There is no eager form of the model, the disk is full, or what was read back is not what was written. Nothing is left behind.
+        CheckpointError: There is no eager form of the model, the disk is full, or what was read back is not what was written.
+            Nothing is left behind.
     """
     if result.model is None:
         raise CheckpointError(f"there is no eager model to save: {result.report.note}")
@@ -91,20 +142,26 @@ def save_pruned(result: PruneResult, directory: str | os.PathLike[str], *, overw
         (work / REPORT_FILE).write_text(json.dumps(result.report.to_json(), indent=1) + "\n")
         error = _reload_error(result, work)
         if error is not None:
-            raise CheckpointError(f"the checkpoint read back from disk differs from the pruned model ({error}); nothing was written")
+            raise CheckpointError(
+                f"the checkpoint read back from disk differs from the pruned model ({error}); nothing was written"
+            )
 
 
 def _write_pretrained(result: PruneResult, work: Path, max_shard_size: str) -> None:
     model: Any = result.model
+    generation = getattr(model, "generation_config", None)
     try:
+        if generation is not None:  # written as it is: transformers refuses settings that it accepted when it read them
+            model.generation_config = type(generation)()
         if result.form == "per-layer":
             _write_per_layer(result, model, work, max_shard_size)
         else:
             model.save_pretrained(work, max_shard_size=max_shard_size)
-    except OSError as error:
-        raise CheckpointError(f"writing the checkpoint failed: {error.strerror or error}; nothing was left behind") from error
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(work)
+    finally:
+        if generation is not None:
+            model.generation_config = generation
+    if generation is not None:
+        generation.to_json_file(work / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
     if result.tokenizer is not None:
         result.tokenizer.save_pretrained(work)
 
@@ -128,7 +185,7 @@ def _write_per_layer(result: PruneResult, model: Any, work: Path, max_shard_size
     written |= {"fxprune": config.fxprune, "auto_map": config.auto_map}
     written["architectures"] = [type(model).__name__]
     (work / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
-    (work / f"{MODELING}.py").write_text(modeling_source(type(model)))
+    (work / f"{MODELING}.py").write_text(modeling_source(type(model)), encoding="utf-8")
 
 
 def _persist(model: nn.Module, spec: Mapping[str, Any]) -> list[tuple[nn.Module, str]]:
@@ -144,14 +201,20 @@ def _persist(model: nn.Module, spec: Mapping[str, Any]) -> list[tuple[nn.Module,
 
 def modeling_source(base: type) -> str:
     """The modelling file of a per-layer checkpoint: our surgery, and a subclass of the stock class that applies it."""
-    body = Path(surgery.__file__).read_text()
+    body = Path(surgery.__file__).read_text(encoding="utf-8")
+    base = next(c for c in base.__mro__ if "_fxprune_per_layer" not in vars(c))  # of a model that was pruned before
     return f'''{body}
+
+import os  # noqa: E402
+import shutil  # noqa: E402
 
 from {base.__module__} import {base.__name__} as _Dense  # noqa: E402
 
 
 class {base.__name__}(_Dense):
     """{base.__name__} with per-layer widths, as pruned by fxprune."""
+
+    _fxprune_per_layer = True
 
     def __init__(self, config):
         for key, value in config.fxprune.get("dense", {{}}).items():  # a configuration that was saved again
@@ -163,12 +226,20 @@ class {base.__name__}(_Dense):
     def _init_weights(self, module):
         if not getattr(module, "_fxprune_resized", False):
             super()._init_weights(module)
+
+    def save_pretrained(self, save_directory, *args, save_original_format=False, **kwargs):
+        os.makedirs(save_directory, exist_ok=True)
+        copy = os.path.join(save_directory, "{MODELING}.py")
+        if not os.path.exists(copy) or not os.path.samefile(__file__, copy):
+            shutil.copyfile(__file__, copy)
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 '''
 
 
 def _write_module(result: PruneResult, work: Path) -> None:
     from safetensors.torch import save_model
 
+    assert result.model is not None
     save_model(result.model, str(work / "model.safetensors"))
     (work / SPEC_FILE).write_text(json.dumps({"format": 1, **result.surgery}) + "\n")
 
@@ -177,12 +248,16 @@ def _reload_error(result: PruneResult, work: Path) -> str | None:
     """What is wrong with what was read back, or None."""
     from .load import load
 
-    if result.form == "module":
-        reloaded = load(work, model=result.dense_model)
-    elif result.form == "uniform":
-        reloaded = type(result.model).from_pretrained(work, dtype="auto")  # type: ignore[attr-defined]
-    else:
-        reloaded = load(work)
+    model: Any = result.model
+    try:
+        if result.form == "module":
+            reloaded = load(work, model=result.dense_model)
+        elif result.form == "uniform":
+            reloaded = type(model).from_pretrained(work, dtype="auto")
+        else:
+            reloaded = load(work)
+    except Exception as error:  # noqa: BLE001 - whatever went wrong, the checkpoint is not to be trusted
+        return f"it cannot be loaded: {type(error).__name__}: {error}"
     device = next(result.graph_module.parameters()).device
     with torch.no_grad():
         expected = result.run(result.graph_module)

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import CheckpointError, UsageError, nearest
 
 log = logging.getLogger("fxprune")
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 def load_source(source: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", meta: bool = False) -> tuple[nn.Module, Any]:
@@ -29,6 +32,7 @@ def load_source(source: str | os.PathLike[str], *, dtype: str | torch.dtype = "a
 
     Raises:
         UsageError: Nothing of that name can be loaded; says what was looked for.
+        CheckpointError: There is a checkpoint, and it is damaged.
     """
     name = os.fspath(source)
     path = Path(name)
@@ -37,6 +41,8 @@ def load_source(source: str | os.PathLike[str], *, dtype: str | torch.dtype = "a
         if not path.is_file():
             raise UsageError(f"there is no file '{name}'")
         return _gguf(path, kind)
+    if path.is_file():
+        raise UsageError(f"'{name}' is a file; name a directory with a checkpoint in it, a hub id or a .gguf file")
     looks_local = path.is_absolute() or name.startswith(".") or name.count("/") > 1
     if looks_local and not path.is_dir():
         raise UsageError(f"there is no directory '{name}'")
@@ -55,8 +61,10 @@ def load_source(source: str | os.PathLike[str], *, dtype: str | torch.dtype = "a
                 model: nn.Module = AutoModelForCausalLM.from_config(config)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=kind)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot load a causal language model from '{name}': {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        looked = "" if path.is_dir() else " (there is no such directory, and as a hub id it cannot be found)"
+        kind_of = CheckpointError if isinstance(error, SafetensorError | RuntimeError) else UsageError
+        raise kind_of(f"cannot load a causal language model from '{name}'{looked}: {str(error).strip().splitlines()[0]}") from error
     return model.eval(), _tokenizer(name)
 
 
@@ -71,10 +79,9 @@ def is_per_layer(directory: Path) -> bool:
 def _dtype(dtype: str | torch.dtype) -> Any:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise UsageError(f"unknown dtype '{dtype}'; choose from: auto, float32, bfloat16, float16")
-    return found
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype '{dtype}'; {nearest(dtype, DTYPES)}")
+    return getattr(torch, dtype)
 
 
 def _tokenizer(name: str, **options: Any) -> Any:

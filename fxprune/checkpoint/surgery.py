@@ -37,10 +37,10 @@ def apply_surgery(model: nn.Module, spec: dict[str, Any]) -> None:
         old_buffer = owner._buffers[leaf]
         assert old_buffer is not None
         owner.register_buffer(leaf, torch.zeros(shape, dtype=old_buffer.dtype, device=old_buffer.device), persistent=True)
-        owner._fxprune_resized = True  # its values come from the checkpoint: they must not be initialised again
+        vars(owner)["_fxprune_resized"] = True  # its values come from the checkpoint: they must not be initialised again
     for path, attributes in spec.get("attributes", {}).items():
         for key, value in attributes.items():
-            setattr(model.get_submodule(path), key, value)
+            setattr(model.get_submodule(path), key, tuple(value) if isinstance(value, list) else value)
 
 
 def shorten_config(config: Any, spec: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import UsageError
+from .perplexity import longest_input
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -43,7 +46,16 @@ def measure_latency(model: nn.Module, *, prompt: int = 128, new_tokens: int = 16
         new_tokens: Tokens to decode.
         repeats: Repetitions; the median is reported.
         seed: Of the prompt.
+
+    Raises:
+        UsageError: A number below 1, or more tokens than the model reads.
     """
+    for name, value in (("prompt", prompt), ("new_tokens", new_tokens), ("repeats", repeats)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}")
+    longest = longest_input(model)
+    if longest is not None and prompt + new_tokens > longest:
+        raise UsageError(f"the model reads at most {longest} tokens, fewer than a prompt of {prompt} and {new_tokens} new ones")
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     device = next(model.parameters()).device

@@ -69,11 +69,17 @@ def perplexity(
         progress: Called with (what, done, total).
 
     Raises:
-        UsageError: The text is shorter than one window, or length and stride make no sense.
+        UsageError: The text is shorter than one window, the model reads fewer tokens than a window has, or a number makes no
+            sense.
     """
     step = length if stride is None else stride
     if length < 2 or not 1 <= step <= length:
         raise UsageError(f"length must be at least 2 and stride between 1 and length, got length={length}, stride={step}")
+    if batch_size < 1 or (max_windows is not None and max_windows < 1):
+        raise UsageError(f"batch_size and max_windows must be at least 1, got batch_size={batch_size}, max_windows={max_windows}")
+    longest = longest_input(model)
+    if longest is not None and length > longest:
+        raise UsageError(f"the model reads at most {longest} tokens, fewer than one window of {length}")
     starts = list(range(0, len(ids) - length + 1, step))[:max_windows]
     if not starts:
         raise UsageError(f"the text has {len(ids)} tokens, fewer than one window of {length}")
@@ -100,3 +106,11 @@ def perplexity(
     mean = total / count
     value = math.exp(mean) if mean < 700 else math.inf
     return Perplexity(value, count, len(starts), length, step, text, round(time.perf_counter() - begin, 2))
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """Positions that the model was made for, None if it does not say."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

@@ -84,6 +84,20 @@ def _tell(a: Value, b: Value, batch: Sequence[Space], inner: Sequence[Space]) ->
             mark(space, "experts")
 
 
+@rule(aten._grouped_mm, "transformers::grouped_mm_fallback")
+def grouped_mm(call: Call) -> Spaces:
+    """Rows ``x[s, k]``, sorted by expert, each times its expert's ``w[e, k, n]``; ``offs[e]`` says where an expert's rows end."""
+    x, weight, *more = list(call.tensors())
+    if len(x) != 2 or len(weight) != 3 or len(more) != 1:
+        return call.give_up("a grouped matmul of another form")[0]
+    call.unify(x[1], weight[1])
+    call.unify(weight[0], more[0][0])
+    call.pin(weight[0], "experts are chosen by number")
+    call.pin(x[0], "rows are assigned to experts by number")
+    mark(weight[0], "experts")
+    return [x[0], weight[2]]
+
+
 @rule(aten.scaled_dot_product_attention)
 def attention(call: Call) -> Spaces:
     """Attention of q[.., l, e], k[.., s, e], v[.., s, f]; with ``enable_gqa`` the query heads are Product(kv, group)."""
@@ -135,7 +149,7 @@ def einsum(call: Call) -> Spaces:
 
 
 def _letters(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
-    """One letter for every dimension of every operand, and of the output; an ellipsis stands for ``.0``, ``.1``, .. from the right."""
+    """A letter for every dimension of every operand, and of the output; an ellipsis becomes ``.0``, ``.1``, from the right."""
     left, arrow, right = equation.partition("->")
     written = left.split(",")
     hidden = [rank - len(term.replace("...", "")) for term, rank in zip(written, ranks, strict=True)]
@@ -187,5 +201,3 @@ def convolution(call: Call) -> Spaces:
 @convolution.resize
 def _convolution(call: Resize) -> dict[str, Any]:
     return {} if call["groups"] == 1 else {"groups": call.kept(call.notes["group"])}
-
-

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 
+from ..spaces import Size, Space, product
 from .registry import Call, Spaces, rule
 
 aten: Any = torch.ops.aten
@@ -93,8 +95,16 @@ def glu(call: Call) -> Spaces:
     sizes="size",
 )
 def constant(call: Call) -> Spaces:
-    """One value everywhere: any size will do."""
-    return [call.fresh(n) for n in call.shape]
+    """One value everywhere: any size will do, and of a symbolic one (batch times heads) the number in front of it."""
+    return [_of_any_size(call, n) for n in call.shape]
+
+
+def _of_any_size(call: Call, size: Size) -> Space:
+    if isinstance(size, int):
+        return call.fresh(size)
+    number, symbols = sympy.sympify(size).as_coeff_Mul()
+    whole = number.is_Integer and number > 0
+    return product(call.fresh(symbols), call.fresh(number)) if whole else call.fresh(size)
 
 
 @rule(aten.arange, aten.linspace, aten.eye, aten.tril_indices, aten.triu_indices, aten.scalar_tensor)

@@ -79,6 +79,7 @@ class Rule:
         return function
 
     def __call__(self, call: Call) -> Any:
+        """Run the propagate half."""
         return self.propagate(call)
 
 
@@ -90,7 +91,8 @@ def rule(*targets: Any, sizes: str | None = None) -> Callable[[Propagate], Rule]
     """Register a rule for operators, custom ones included; a later rule for the same operator replaces an earlier one.
 
     Args:
-        *targets: `torch.ops` overloads (``torch.ops.aten.mm.default``) or packets (``torch.ops.aten.mm``: every overload).
+        *targets: `torch.ops` overloads (``torch.ops.aten.mm.default``), packets (``torch.ops.aten.mm``: every overload), or names
+            (``"mylib::scaled_add"``: every overload of an operator that another library defines when it is imported).
         sizes: Name of an argument that lists the output's sizes (as in ``view``); it is then resized by itself.
 
     Returns:
@@ -109,6 +111,7 @@ def rule(*targets: Any, sizes: str | None = None) -> Callable[[Propagate], Rule]
 def rule_for(target: Any) -> Rule | None:
     """The rule of an operator, or None. An overload's own rule goes before its packet's."""
     found = _RULES.get(target) or _RULES.get(getattr(target, "overloadpacket", None))
+    found = found or _RULES.get(getattr(getattr(target, "_schema", None), "name", None))
     if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
         return _RULES["pointwise"]
     return found

@@ -18,25 +18,30 @@ aten: Any = torch.ops.aten
 def segments(old: Sequence[Size], new: Sequence[Size]) -> Iterator[tuple[slice, slice]]:
     """Cut two shapes of equal volume into the smallest runs of equal product: what a view regroups.
 
-    Sizes may be sympy expressions. ``(b, s, 12) -> (b, s, 3, 4)`` gives ``b|b, s|s, 12|(3, 4)``.
+    Sizes may be sympy expressions. ``(b, s, 12) -> (b, s, 3, 4)`` gives ``b|b, s|s, 12|(3, 4)``. Equal sizes at the end are
+    matched first, so that symbolic sizes before them need not be understood.
     """
+    m, n = len(old), len(new)
+    while m and n and old[m - 1] == new[n - 1]:
+        m, n = m - 1, n - 1
     i = j = 0
-    while i < len(old) or j < len(new):
+    while i < m or j < n:
         i0, j0 = i, j
         left: Size = 1
         right: Size = 1
-        if i < len(old):
+        if i < m:
             left, i = old[i], i + 1
-        if j < len(new):
+        if j < n:
             right, j = new[j], j + 1
-        while left != right and (i < len(old) or j < len(new)):
-            take_new = j < len(new) and (i >= len(old) or _divides(right, left))
+        while left != right and (i < m or j < n):
+            take_new = j < n and (i >= m or _divides(right, left))
             if take_new:
                 right, j = right * new[j], j + 1
             else:
                 left, i = left * old[i], i + 1
             left, right = sympy.expand(left) if _sym(left) else left, sympy.expand(right) if _sym(right) else right
         yield slice(i0, i), slice(j0, j)
+    yield from ((slice(k, k + 1), slice(k - m + n, k - m + n + 1)) for k in range(m, len(old)))
 
 
 def _sym(size: Size) -> bool:
@@ -47,8 +52,10 @@ def _divides(small: Size, large: Size) -> bool:
     """True if ``large`` is a multiple of ``small``, so that ``small`` is the side to grow."""
     if _sym(small) or _sym(large):
         ratio = sympy.cancel(sympy.sympify(large) / small)
-        return bool(ratio.is_polynomial()) and all(c.is_integer for c in sympy.Poly(ratio).coeffs()) if ratio.free_symbols else (
-            bool(ratio.is_integer)
+        return (
+            bool(ratio.is_polynomial()) and all(c.is_integer for c in sympy.Poly(ratio).coeffs())
+            if ratio.free_symbols
+            else (bool(ratio.is_integer))
         )
     return bool(small < large)
 
