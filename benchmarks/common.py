@@ -106,7 +106,12 @@ def child(module: str, variant: str, arguments: argparse.Namespace, *, timeout: 
     command += ["--repeats", str(arguments.repeats), *extra]
     if arguments.torch_pruning is not None:
         command += ["--torch-pruning", str(arguments.torch_pruning)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "MALLOC_MMAP_THRESHOLD_": f"{1 << 20}",
+        "MALLOC_TRIM_THRESHOLD_": f"{1 << 20}",
+    }
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
     except subprocess.TimeoutExpired:

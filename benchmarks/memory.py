@@ -2,8 +2,9 @@
 
     python -m benchmarks.memory [--torch-pruning DIR] [--repeats 3] [--only fxprune-taylor1 ...]
 
-Every variant runs in a process of its own on a Llama of SmolLM2-135M's shape (random weights, float32) and 10 x 64 random tokens.
-What is reported is resident memory (VmHWM of /proc/self/status, reset just before the measured part): its peak, and the peak
+Every variant runs in a process of its own on a Llama of SmolLM2-135M's shape (random weights, float32), with 10 x 64 random tokens
+(LLM-Pruner's calibration) and with 1 x 64, where activations are small beside gradients, as they are in larger models. What is
+reported is resident memory (VmHWM of /proc/self/status, reset just before the measured part): its peak, and the peak
 above what was resident before, with the model (and its trace) in memory and one tiny forward-backward done, so that libraries are
 loaded. Freed blocks go back to the system at once (MALLOC_MMAP_THRESHOLD_), so resident memory is memory in use.
 
@@ -15,7 +16,7 @@ Variants, all with the loss of `fxprune.score` and no optimiser:
 - ``fxprune-*``: `fxprune.score` with that criterion. ``taylor2`` and ``taylor_mixed`` take one sample at a time.
 - ``torch-pruning-taylor``: whole gradient, then GroupTaylorImportance over all groups of Torch-Pruning's dependency graph.
 
-Needs Linux. About 20 s a run. Writes benchmarks/results/memory.json.
+Needs Linux. About 30 s a run on two cores. Writes benchmarks/results/memory.json.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 
 from . import common
 
-SAMPLES, LENGTH = 10, 64
+TOKENS = ("10x64", "1x64")
 CRITERIA = ("taylor1", "taylor2", "taylor_vector", "taylor_mixed")
 VARIANTS = (
     "freed-traced",
@@ -49,6 +50,7 @@ LIMIT = 1.25
 def main() -> None:
     parser = common.parser(__doc__, "memory.json")
     parser.add_argument("--shape", choices=common.SHAPES, default="smollm2-135m")
+    parser.add_argument("--tokens", nargs="+", default=TOKENS, metavar="SAMPLESxLENGTH")
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(measure(arguments.child, arguments)))
@@ -56,22 +58,25 @@ def main() -> None:
     result = {
         **common.header(arguments),
         "model": f"Llama, shape of {arguments.shape}, random weights, float32",
-        "tokens": f"{SAMPLES} x {LENGTH}",
         "measure": "MiB of resident memory (VmHWM); above_model: peak less what was resident just before",
-        "variants": {},
+        "tokens": {},
     }
-    for variant in arguments.only or VARIANTS:
-        runs = [run(variant, arguments) for _ in range(arguments.repeats)]
-        result["variants"][variant] = runs[0] if "error" in runs[0] else summary(runs)
-        print(variant, result["variants"][variant], flush=True)
-    result["ratio_to_freed_traced"] = ratios(result["variants"])
+    for tokens in arguments.tokens:
+        variants = {}
+        for variant in arguments.only or VARIANTS:
+            runs = [run(variant, tokens, arguments) for _ in range(arguments.repeats)]
+            variants[variant] = runs[0] if "error" in runs[0] else summary(runs)
+            print(tokens, variant, variants[variant], flush=True)
+        result["tokens"][tokens] = {"variants": variants, "ratio_to_freed_traced": ratios(variants)}
     common.write(arguments.output, result)
 
 
-def run(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def run(variant: str, tokens: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if variant.startswith("torch-pruning") and arguments.torch_pruning is None:
         return {"error": f"skipped. {common.INSTALL_HINT}"}
-    return common.child("benchmarks.memory", variant, arguments, timeout=900, extra=["--shape", arguments.shape])
+    return common.child(
+        "benchmarks.memory", variant, arguments, timeout=900, extra=["--shape", arguments.shape, "--tokens", tokens]
+    )
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -106,9 +111,10 @@ def measure(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
     shape = common.SHAPES[arguments.shape]
     model = shape.build(seed=arguments.seed)
+    samples, length = map(int, arguments.tokens[0].split("x"))
     generator = torch.Generator().manual_seed(arguments.seed)
-    batch = {"input_ids": torch.randint(0, shape.vocabulary, (SAMPLES, LENGTH), generator=generator)}
-    small = {"input_ids": batch["input_ids"][:2, :8]}
+    batch = {"input_ids": torch.randint(0, shape.vocabulary, (samples, length), generator=generator)}
+    small = {"input_ids": torch.randint(0, shape.vocabulary, (2, 8), generator=generator)}
     eager = variant.endswith("eager") or variant.startswith("torch-pruning")
     module = model if eager else fxprune.trace(model, small)
 

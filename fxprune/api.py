@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from .calibration import BATCH, LENGTH, SAMPLES, Calibration, load_calibration
+from .calibration import BATCH, LENGTH, SAMPLES, Calibration, load_calibration, vocabulary_of
 from .capture import quiet, trace
 from .checkpoint.config import Unsolved, solve_config
 from .checkpoint.eager import Surgery, call, judge, operate
@@ -274,14 +274,12 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         UsageError: The model has none: its inputs cannot be guessed.
     """
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = getattr(text, "vocab_size", None)
-    if not isinstance(vocabulary, int):
+    vocabulary = vocabulary_of(model)
+    if vocabulary is None:
         raise UsageError(f"cannot guess example inputs for {type(model).__name__}: pass inputs={{...}}")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    return {"input_ids": torch.randint(0, vocabulary, (2, 16), generator=generator).to(device)}
+    return {"input_ids": torch.randint(0, vocabulary[0], (2, 16), generator=generator).to(device)}
 
 
 def _target(

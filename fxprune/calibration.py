@@ -195,7 +195,10 @@ def sample_from(model: nn.Module, samples: int, length: int, seed: int) -> Tenso
     Raises:
         UsageError: The model is no causal LM.
     """
-    vocabulary, start = _vocabulary(model)
+    known = vocabulary_of(model)
+    if known is None:
+        raise UsageError(f"{type(model).__name__} cannot sample its own calibration text (it has no vocabulary): pass calibration=")
+    vocabulary, start = known
     device = next(model.parameters()).device
     if device.type == "meta":
         raise UsageError("the model is on the meta device and cannot sample its own calibration text: it has no weights")
@@ -216,14 +219,12 @@ def sample_from(model: nn.Module, samples: int, length: int, seed: int) -> Tenso
     return ids[:, 1:]
 
 
-def _vocabulary(model: nn.Module) -> tuple[int, int]:
-    """Size of the vocabulary, and the token that starts a text (0 if there is none)."""
+def vocabulary_of(model: nn.Module) -> tuple[int, int] | None:
+    """(size of the vocabulary, the token that starts a text or 0); None for a model that has no vocabulary."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     size, start = getattr(text, "vocab_size", None), getattr(text, "bos_token_id", None)
-    if not isinstance(size, int):
-        raise UsageError(f"{type(model).__name__} cannot sample its own calibration text (it has no vocabulary): pass calibration=")
-    return size, start if isinstance(start, int) else 0
+    return (size, start if isinstance(start, int) else 0) if isinstance(size, int) else None
 
 
 def _next(model: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:

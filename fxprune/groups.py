@@ -54,7 +54,8 @@ class Member:
         """
         wanted = torch.as_tensor(units, dtype=torch.long)
         owners, positions = self.incidence
-        return torch.unique(positions[torch.isin(owners, wanted)])
+        found: Tensor = torch.unique(positions[torch.isin(owners, wanted)])
+        return found
 
     @property
     def incidence(self) -> tuple[Tensor, Tensor]:

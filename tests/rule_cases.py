@@ -24,7 +24,7 @@ class Recipe:
 
     Attributes:
         shape: Its shape.
-        kind: ``float``, ``positive``, ``complex``, ``int`` (below ``high``) or ``bool``.
+        kind: ``float``, ``positive``, ``complex``, ``single`` (whole numbers in float32), ``int`` (below ``high``) or ``bool``.
         high: Exclusive upper bound of an ``int`` tensor.
         constant: Not an input: these very entries, a constant of the graph.
     """
@@ -40,6 +40,8 @@ class Recipe:
             return self.constant.clone()
         if self.kind == "int":
             return torch.randint(0, self.high, self.shape, generator=generator)
+        if self.kind == "single":
+            return torch.randint(-4, 5, self.shape, generator=generator).float()
         if self.kind == "bool":
             return torch.rand(self.shape, generator=generator) < {"normal": 0.6, "negative": 0.1, "positive": 0.9}[sign]
         made = torch.randn(self.shape, generator=generator, dtype=torch.float64)

@@ -121,7 +121,7 @@ def test_the_table_reads_well(llama: Groups) -> None:
     text = printed(llama)
     assert "parameters" in text
     (line,) = [row for row in text.splitlines() if "mlp.ffn" in row]
-    assert [cell.strip() for cell in line.strip("│").split("│")] == ["model.layers.*.mlp.ffn", "ffn", "64", "144", "0-2", "yes"]
+    assert line.split() == ["model.layers.*.mlp.ffn", "ffn", "64", "144", "0-2", "yes"]
     assert "yes, normalised" in text
     assert "no: rows are looked up by number at embedding (aten.embedding)" in text
     assert str(group_summary(llama)) in text
@@ -130,8 +130,9 @@ def test_the_table_reads_well(llama: Groups) -> None:
 
 
 def test_narrow_terminals_lose_nothing(llama: Groups) -> None:
-    cells = [row.strip("│").split("│") for row in printed(llama, width=70).splitlines() if row.startswith("│")]
-    assert "model.layers.*.self_attn.query_groups" in "".join(c[0].strip() for c in cells)
+    lines = printed(llama, width=70).splitlines()
+    width = next(line for line in lines if " kind " in line).index("kind")
+    assert "model.layers.*.self_attn.query_groups" in "".join(line[:width].strip() for line in lines)
 
 
 def test_names_are_no_markup() -> None:

@@ -257,7 +257,8 @@ def _reload_error(result: PruneResult, work: Path) -> str | None:
         else:
             reloaded = load(work)
     except Exception as error:  # noqa: BLE001 - whatever went wrong, the checkpoint is not to be trusted
-        return f"it cannot be loaded: {type(error).__name__}: {error}"
+        cause = error.__cause__ if isinstance(error, CheckpointError) and error.__cause__ else error
+        return f"it cannot be loaded: {type(cause).__name__}: {cause}"
     device = next(result.graph_module.parameters()).device
     with torch.no_grad():
         expected = result.run(result.graph_module)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calibration import vocabulary_of
 from ..errors import UsageError
 from .perplexity import longest_input
 
@@ -48,7 +49,7 @@ def measure_latency(model: nn.Module, *, prompt: int = 128, new_tokens: int = 16
         seed: Of the prompt.
 
     Raises:
-        UsageError: A number below 1, or more tokens than the model reads.
+        UsageError: A number below 1, more tokens than the model reads, or no vocabulary.
     """
     for name, value in (("prompt", prompt), ("new_tokens", new_tokens), ("repeats", repeats)):
         if value < 1:
@@ -56,11 +57,12 @@ def measure_latency(model: nn.Module, *, prompt: int = 128, new_tokens: int = 16
     longest = longest_input(model)
     if longest is not None and prompt + new_tokens > longest:
         raise UsageError(f"the model reads at most {longest} tokens, fewer than a prompt of {prompt} and {new_tokens} new ones")
-    config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = vocabulary_of(model)
+    if vocabulary is None:
+        raise UsageError(f"latency is measured on token ids, and {type(model).__name__} has no vocabulary")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, text.vocab_size, (1, prompt), generator=generator).to(device)
+    ids = torch.randint(0, vocabulary[0], (1, prompt), generator=generator).to(device)
     prefill, decode = [], []
     was_training = model.training
     model.eval()
