@@ -94,10 +94,16 @@ def torch_pruning(directory: Path | None) -> Any:
     return importlib.import_module("torch_pruning")
 
 
-def child(module: str, variant: str, arguments: argparse.Namespace, *, timeout: float, extra: Sequence[str] = ()) -> dict[str, Any]:
+def child(
+    module: str,
+    variant: str,
+    arguments: argparse.Namespace,
+    *,
+    timeout: float,
+    extra: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Run one variant in a process of its own and read the JSON that it prints last.
-
-    Large blocks are handed back to the system as soon as they are freed, so that resident memory is what is alive.
 
     Returns:
         What the child measured; ``{"error": reason}`` if it failed or ran out of time.
@@ -106,14 +112,9 @@ def child(module: str, variant: str, arguments: argparse.Namespace, *, timeout: 
     command += ["--repeats", str(arguments.repeats), *extra]
     if arguments.torch_pruning is not None:
         command += ["--torch-pruning", str(arguments.torch_pruning)]
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "MALLOC_MMAP_THRESHOLD_": f"{1 << 20}",
-        "MALLOC_TRIM_THRESHOLD_": f"{1 << 20}",
-    }
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})}
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables, check=False)
     except subprocess.TimeoutExpired:
         return {"error": f"not finished after {timeout:.0f} s"}
     if run.returncode:

@@ -43,6 +43,8 @@ VARIANTS = (
     *(f"fxprune-{c}" for c in CRITERIA),
     "torch-pruning-taylor",
 )
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": f"{1 << 17}", "MALLOC_TRIM_THRESHOLD_": f"{1 << 17}"}
+"""glibc hands blocks of 128 KiB or more back as soon as they are freed, so that resident memory is memory in use."""
 LIMIT = 1.25
 """The importance pass may take so many times the memory of the reference (on the same traced module)."""
 
@@ -74,9 +76,8 @@ def main() -> None:
 def run(variant: str, tokens: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if variant.startswith("torch-pruning") and arguments.torch_pruning is None:
         return {"error": f"skipped. {common.INSTALL_HINT}"}
-    return common.child(
-        "benchmarks.memory", variant, arguments, timeout=900, extra=["--shape", arguments.shape, "--tokens", tokens]
-    )
+    extra = ["--shape", arguments.shape, "--tokens", tokens]
+    return common.child("benchmarks.memory", variant, arguments, timeout=900, extra=extra, environment=ALLOCATOR)
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:

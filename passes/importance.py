@@ -104,7 +104,8 @@ def score(
         aggregation: One of `fxprune.criteria.AGGREGATIONS`.
         loss: ``(outputs, batch) -> scalar``; by default next-token cross-entropy on the batch's labels or input ids.
         seed: For ``random``.
-        sweeps: ``taylor_mixed`` needs gradients accumulated over samples; each sweep accumulates one share of the parameters.
+        sweeps: ``taylor_mixed`` needs gradients accumulated over samples, in float32 or better; each sweep accumulates one share
+            of the parameters.
         progress: Called with (what, done, total).
 
     Returns:
@@ -230,6 +231,11 @@ def _pairs(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], size: in
     return left.repeat_interleave(repeats), right[start.repeat_interleave(repeats) + within]
 
 
+def _accumulable(gradient: Tensor) -> Tensor:
+    """Half-precision sums over many samples would lose the later ones."""
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+
+
 def _wide(tensor: Tensor) -> Tensor:
     """Squares of float16 gradients would vanish: they are taken in float32, one parameter at a time."""
     return tensor.float() if tensor.dtype == torch.float16 else tensor
@@ -285,10 +291,14 @@ def _mixed(
 
         def on_gradient(name: str, parameter: Tensor, first: dict[str, Tensor] = first, second: dict[str, Tensor] = second) -> None:
             assert parameter.grad is not None
-            gradient = _wide(parameter.grad)
-            for table, value in ((first, gradient), (second, gradient.square())):
-                table[name] = value / len(samples) if name not in table else table[name].add_(value, alpha=1 / len(samples))
+            gradient = _accumulable(parameter.grad)
             parameter.grad = None
+            if name in first:
+                second[name].addcmul_(gradient, gradient, value=1 / len(samples))
+                first[name].add_(gradient, alpha=1 / len(samples))
+            else:  # the gradient itself becomes the sum
+                second[name] = gradient.square().div_(len(samples))
+                first[name] = gradient.div_(len(samples))
 
         with _hooks(gm, ledger, chunk, on_gradient):
             for i, batch in enumerate(samples):
@@ -296,8 +306,8 @@ def _mixed(
                 progress("importance", number * len(samples) + i + 1, len(chunks) * len(samples))
         for name in chunk:
             if name in first:
-                w = _wide(ledger.weight(name))
-                ledger.add(name, (w * first.pop(name) - 0.5 * w * second.pop(name) * w).abs_())
+                w = ledger.weight(name)
+                ledger.add(name, second.pop(name).mul_(w).mul_(-0.5).add_(first.pop(name)).mul_(w).abs_())  # |w (g - h w / 2)|
 
 
 def _shares(ledger: _Ledger, sweeps: int) -> list[list[str]]:

@@ -477,6 +477,8 @@ SYMBOLIC: dict[str, tuple[Callable[..., Any], list[int]]] = {
     "flatten tokens, unknown size last": (lambda x: x.reshape(x.shape[0] * x.shape[1], -1), [12]),
     "flatten": (lambda x: x.flatten(0, 1), [12]),
     "unflatten": (lambda x: x.unflatten(-1, (3, 4)).flatten(2), [3, 4]),
+    "narrow units": (lambda x: x.narrow(-1, 2, 4), [2, 4, 6]),
+    "narrow tokens": (lambda x: x.narrow(1, 1, x.shape[1] - 1), [12]),
     "first token": (lambda x: x[:, 0], [12]),
     "last token": (lambda x: x[:, -1], [12]),
     "all but the first token": (lambda x: x[:, 1:], [12]),
@@ -562,9 +564,8 @@ class Builder:
     def step(self) -> None:
         """Append one random operator to a random recent value."""
         x = self.random.choice(self.values[-3:])
-        move = self.random.choice(
-            [self.regroup, self.permute, self.slice, self.split, self.cat, self.tie, self.weigh, self.expand, self.repeat, self.sum]
-        )
+        arrange = [self.regroup, self.permute, self.slice, self.split, self.cat, self.expand, self.repeat, self.write]
+        move = self.random.choice([*arrange, self.tie, self.weigh, self.sum])
         if len(self.shape(x)) > 0 and x.meta["val"].numel() <= 1500:
             move(x, self.shape(x))
 
@@ -608,6 +609,13 @@ class Builder:
         dim = self.random.randrange(len(shape))
         other = x if self.random.random() < 0.5 else self.input(*shape)
         self.emit(aten.cat.default, [x, other], dim)
+
+    def write(self, x: Node, shape: list[int]) -> None:
+        """A random window overwritten with a new input."""
+        dim = self.random.randrange(len(shape))
+        start, end = sorted(self.random.randrange(shape[dim] + 1) for _ in range(2))
+        source = self.input(*shape[:dim], end - start, *shape[dim + 1 :])
+        self.emit(aten.slice_scatter.default, x, source, dim, start, end)
 
     def tie(self, x: Node, shape: list[int]) -> None:
         """Added to another value of as many entries, viewed alike; this is where layouts meet."""

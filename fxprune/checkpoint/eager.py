@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..passes.rewrite import slice_tensor
 from ..passes.verify import relative_error
 from ..plan import PrunePlan
 from ..spaces import Axis
-from .surgery import drop_entries, shorten_config
+from .surgery import drop_entries, set_attribute, shorten_config
 
 log = logging.getLogger("fxprune")
 
@@ -48,7 +48,8 @@ def operate(
     """Prune the eager model itself: sliced tensors in a structural copy, then integer attributes that follow the new sizes.
 
     Which attributes follow is not tabulated: those equal to a pruned size (or a product of sizes) are candidates, and the smallest
-    change that reproduces the rewritten graph's outputs is taken.
+    change that reproduces the rewritten graph's outputs is taken. Where that does not suffice, a module gets a view of the
+    configuration with fields of its own (Phi-3 reads its number of heads there).
 
     Args:
         model: The dense eager model; it is not changed.
@@ -70,9 +71,14 @@ def operate(
     spec["buffers"] = _changed(pruned.named_buffers(remove_duplicate=False), model, drop, "_buffers")
     changes = _widths(pruned, model, drop)
     settled = {(path, key) for path, module in pruned.named_modules() if "weight" in module._parameters for key in vars(module)}
-    candidates = _candidates(pruned, quantities(groups, plan), set(spec["shapes"]), settled)
+    candidates, of_config = _candidates(pruned, quantities(groups, plan), set(spec["shapes"]), settled)
+    every = {k: v for change in candidates for k, v in change.items()}
+    # nothing or everything explains most plans; of the configuration's fields, as few as will do
+    few = _subsets(candidates, (0, len(candidates), *range(1, len(candidates))))
+    more = ({**every, **chosen} for chosen in _subsets(of_config, (1, len(of_config), *range(2, len(of_config)))))
+    tries = itertools.chain(itertools.islice(few, MAX_TRIES), itertools.islice(more, MAX_TRIES if of_config else 0))
     problem = ""
-    for attempt, chosen in zip(range(MAX_TRIES), _subsets(candidates), strict=False):
+    for attempt, chosen in enumerate(tries):
         undo = _set(pruned, {**changes, **chosen})
         failure = same(pruned)
         if failure is None:
@@ -80,11 +86,12 @@ def operate(
             spec["attributes"] = _by_module({**changes, **chosen})
             earlier = getattr(getattr(model, "config", None), "fxprune", None)
             return Surgery(pruned.eval(), spec if earlier is None else combined(earlier, spec))
-        problem = problem or failure
+        if attempt < 2:  # what stands in the way when everything follows says most
+            problem = failure
         _set(pruned, undo)
     raise CheckpointError(
         f"the eager {type(model).__name__} cannot express this plan: its own forward computes something from a pruned size "
-        f"({problem}). The rewritten graph_module is exact and can be used; or prune other kinds"
+        f"({problem}). The rewritten graph_module is exact and can be used; or prune other kinds, or to a multiple (multiple=8)"
     )
 
 
@@ -264,13 +271,17 @@ def _whole(run: tuple[spaces.Space, ...], units: Callable[[Axis], int]) -> int:
     return int(math.prod(spaces.kept_size(s, units) for s in run))
 
 
-Change = dict[tuple[str, str], int]
+Change = dict[tuple[str, str], Any]
 
 
 def _candidates(
     pruned: nn.Module, sizes: Mapping[str, list[tuple[int, int]]], changed: set[str], settled: set[tuple[str, str]]
-) -> list[Change]:
-    """Integer attributes near pruned parameters that equal a size that changed, one choice for each class and attribute."""
+) -> tuple[list[Change], list[Change]]:
+    """Integers near pruned parameters that equal a size that changed, one choice for each class and name.
+
+    Returns:
+        (attributes of modules, fields of the configurations that modules hold).
+    """
     table: dict[tuple[str, str, int], Change] = {}
     paths = {n.rsplit(".", 1)[0] for n in changed}
     near = paths | {p.rsplit(".", 1)[0] for p in paths if "." in p}
@@ -279,31 +290,28 @@ def _candidates(
             continue
         inside = [pairs for name, pairs in sizes.items() if name.startswith(f"{path}.") or name.rsplit(".", 1)[0] == path]
         options = {pair for pairs in inside for pair in pairs}
-        for key, value in vars(module).items():
+        own = dict(vars(module))
+        if hasattr(own.get("config"), "to_dict") and not hasattr(module, "save_pretrained"):
+            own |= {f"config.{field}": value for field, value in own["config"].to_dict().items()}
+        for key, value in own.items():
             if not isinstance(value, int) or isinstance(value, bool) or (path, key) in settled:
                 continue
             for rank, (_, after) in enumerate(sorted(p for p in options if p[0] == value)):
                 table.setdefault((type(module).__name__, key, rank), {})[path, key] = after
-    return list(table.values())
+    return [c for (_, key, _), c in table.items() if "." not in key], [c for (_, key, _), c in table.items() if "." in key]
 
 
-def _subsets(candidates: list[Change]) -> Iterator[Change]:
-    """Nothing, everything, then by size: most plans need none or all of them."""
-    every = range(len(candidates))
-    order = [(), tuple(every), *(c for r in range(1, len(candidates)) for c in itertools.combinations(every, r))]
-    for picks in dict.fromkeys(order):
-        merged: Change = {}
-        for pick in picks:
-            merged |= candidates[pick]
-        yield merged
+def _subsets(candidates: list[Change], sizes: Iterable[int]) -> Iterator[Change]:
+    """Changes made of several candidates, by how many: in the order of ``sizes``."""
+    for size in dict.fromkeys(sizes):
+        for picks in itertools.combinations(candidates, size):
+            yield {k: v for change in picks for k, v in change.items()}
 
 
 def _set(model: nn.Module, changes: Mapping[tuple[str, str], Any]) -> Change:
     before = {}
     for (path, key), value in changes.items():
-        module = model.get_submodule(path)
-        before[path, key] = getattr(module, key)
-        setattr(module, key, value)
+        before[path, key] = set_attribute(model.get_submodule(path), key, value)
     return before
 
 

@@ -88,7 +88,9 @@ def _tokenizer(name: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, **options)
+        found = AutoTokenizer.from_pretrained(name, **options)
+        # without any file, some classes come as an empty shell that reads every text as nothing
+        return found if len(found) > len(found.all_special_tokens) else None
     except Exception as error:  # noqa: BLE001 - a model without tokenizer is fine, transformers raises many types
         log.info("no tokenizer at %s: %s", name, error)
         return None

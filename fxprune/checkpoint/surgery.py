@@ -40,7 +40,43 @@ def apply_surgery(model: nn.Module, spec: dict[str, Any]) -> None:
         vars(owner)["_fxprune_resized"] = True  # its values come from the checkpoint: they must not be initialised again
     for path, attributes in spec.get("attributes", {}).items():
         for key, value in attributes.items():
-            setattr(model.get_submodule(path), key, tuple(value) if isinstance(value, list) else value)
+            set_attribute(model.get_submodule(path), key, tuple(value) if isinstance(value, list) else value)
+
+
+class OwnConfig:
+    """The configuration as one module sees it: some fields of its own, all others (later changes too) the model's."""
+
+    def __init__(self, shared: Any) -> None:
+        vars(self)["shared"] = shared
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(vars(self)["shared"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(vars(self)["shared"], name, value)
+
+
+def set_attribute(module: nn.Module, key: str, value: Any) -> Any:
+    """Set an attribute, or as ``config.field`` what this module alone finds in its configuration.
+
+    Returns:
+        What it was before; ``OwnConfig`` (the class) stands for a field that was the model's, and makes it so again.
+    """
+    head, _, field = key.partition(".")
+    if not field:
+        before = getattr(module, key)
+        setattr(module, key, value)
+        return before
+    config = getattr(module, head)
+    if not isinstance(config, OwnConfig):
+        config = OwnConfig(config)
+        setattr(module, head, config)
+    before = vars(config).pop(field, OwnConfig)
+    if value is not OwnConfig:
+        vars(config)[field] = value
+    return before
 
 
 def shorten_config(config: Any, spec: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,16 @@ def select(call: Call) -> Spaces:
     return [*x[:dim], *x[dim + 1 :]]
 
 
+@rule(aten.select_scatter)
+def select_scatter(call: Call) -> Spaces:
+    """One entry of a pinned dimension is overwritten (what ``x[:, i] = y`` becomes)."""
+    x, dim = call["self"], call["self"].axis(call["dim"])
+    call.pin(x[dim], "one entry is written by number")
+    for mine, theirs in zip([*x[:dim], *x[dim + 1 :]], call["src"], strict=True):
+        call.unify(mine, theirs)
+    return x.dims  # type: ignore[no-any-return]
+
+
 @rule(aten.unbind)
 def unbind(call: Call) -> list[Spaces]:
     """Every entry of a pinned dimension."""
@@ -63,6 +73,36 @@ def index(call: Call) -> Spaces:
     found = call.broadcast([indices[d] for d in indexed], call.shape[at : at + rank])
     rest = [s for d, s in enumerate(x) if d not in indexed]
     return [*rest[:at], *found, *rest[at:]]
+
+
+@rule(aten.index_put)
+def index_put(call: Call) -> Spaces:
+    """Entries written by number, or by a mask (what ``x[i] = y`` becomes): those dimensions are pinned, the rest unify.
+
+    One value for all of a mask is elementwise.
+    """
+    x, indices, values = call["self"], list(call["indices"]), call["values"]
+    masks = [n for n, i in enumerate(indices) if i is not None and _boolean(call, n)]
+    numbers = [n for n, i in enumerate(indices) if i is not None]
+    if masks and len(numbers) > 1:
+        return call.give_up("boolean indices together with others")[0]
+    taken = [d for n in numbers for d in range(n, n + (len(indices[n]) if masks else 1))]
+    rank = 1 if masks else max(len(indices[n]) for n in numbers)
+    after = len(x) - taken[-1] - 1
+    if masks and (len(values) <= after or size_of(values[-after - 1]) == 1):
+        for d, space in zip(taken, indices[masks[0]], strict=True):
+            call.unify(x[d], space)
+    else:
+        for space in [*(s for n in numbers for s in indices[n]), *(x[d] for d in taken)]:
+            call.pin(space, "entries are written by number")
+    rest: list[Space | None] = [s for d, s in enumerate(x) if d not in taken]
+    at = taken[0] if taken == list(range(taken[0], taken[-1] + 1)) else 0
+    for theirs, ours in zip(reversed(values.dims), reversed([*rest[:at], *[None] * rank, *rest[at:]]), strict=False):
+        if ours is not None and size_of(ours) == size_of(theirs):
+            call.unify(ours, theirs)
+        elif size_of(theirs) != 1:
+            call.pin(theirs, "entries are written by number")
+    return x.dims  # type: ignore[no-any-return]
 
 
 def _masked(call: Call, x: Value, at: int, mask: Value) -> Spaces:

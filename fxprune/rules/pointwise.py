@@ -36,6 +36,21 @@ aten: Any = torch.ops.aten
     aten.rsub,
     aten.true_divide,
     aten.floor_divide,
+    aten.multiply,
+    aten.divide,
+    aten.subtract,
+    aten.absolute,
+    aten.negative,
+    aten.greater,
+    aten.greater_equal,
+    aten.less,
+    aten.less_equal,
+    aten.not_equal,
+    aten.special_expit,
+    aten.polar,
+    aten.complex,
+    aten.real,
+    aten.imag,
 )
 def pointwise(call: Call) -> Any:
     """Broadcast-unify every operand."""

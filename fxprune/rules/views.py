@@ -91,7 +91,7 @@ def _view(call: Resize) -> dict[str, Any]:
     return {name: [call.size(n, s) for n, s in zip(call[name], call.outputs[0], strict=True)]}
 
 
-@rule(aten.flatten.using_ints)
+@rule(aten.flatten.using_ints, aten.ravel)
 def flatten(call: Call) -> Spaces:
     """A view whose sizes follow from its input."""
     return regroup(call, call["self"].dims, call.shape)
@@ -253,27 +253,32 @@ def slice_(call: Call) -> Spaces:
     """A window is one part of a Concat; every k-th entry is the outer factor of Product(n/k, k)."""
     x = call["self"]
     dim = x.axis(call["dim"])
-    space, window = x[dim], _window(call, x)
+    return [*x[:dim], _piece(call, call.shape[dim]), *x[dim + 1 :]]
+
+
+def _piece(call: Call, taken: Size) -> Space:
+    """The part of a dimension that a slice of ``taken`` entries covers."""
+    x = call["self"]
+    space, window = x[x.axis(call["dim"])], _window(call, x)
     if window is None:
         call.pin(space, "a slice with a symbolic bound")
-        return [*x[:dim], call.fresh(call.shape[dim], pin="a slice with a symbolic bound"), *x[dim + 1 :]]
+        return call.fresh(taken, pin="a slice with a symbolic bound")
     start, end, step, size = window
     if (start, end, step) == (0, size, 1):
-        out = space
-    elif start == end:
-        out = call.fresh(0)
-    elif step == 1:
+        return space  # type: ignore[no-any-return]
+    if start == end:
+        return call.fresh(0)
+    if step == 1:
         parts = call.split_concat(space, [n for n in (start, end - start, size - end) if n])
-        out = parts[1 if start else 0]
         if start:
             call.notes["before"] = parts[0]
-    elif end == size and size % step == 0 and start < step:
+        return parts[1 if start else 0]
+    if end == size and size % step == 0 and start < step:
         out, inner = call.split_product(space, [size // step, step])
         call.pin(inner, "every k-th entry is taken")
-    else:
-        call.pin(space, "an uneven strided slice")
-        out = call.fresh(call.shape[dim], pin="an uneven strided slice")
-    return [*x[:dim], out, *x[dim + 1 :]]
+        return out
+    call.pin(space, "an uneven strided slice")
+    return call.fresh(taken, pin="an uneven strided slice")
 
 
 @slice_.resize
@@ -283,13 +288,51 @@ def _slice(call: Resize) -> dict[str, Any]:
     if window is None or window[2] != 1:
         return {}
     start, end, _, size = window
-    dim = x.axis(call["dim"])
     if (start, end) == (0, size):
         return {}
     if start == end:
         return {"start": 0, "end": 0}
+    dim = x.axis(call["dim"])
+    taken = call.inputs["src"] if "src" in call.inputs else call.outputs[0]
     before = call.kept(call.notes["before"]) if start else 0
-    return {"start": before, "end": before + call.kept(call.outputs[0][dim])}
+    return {"start": before, "end": before + call.kept(taken[dim])}
+
+
+@rule(aten.slice_scatter)
+def slice_scatter(call: Call) -> Spaces:
+    """A window is overwritten (what ``x[..., a:b] = y`` becomes)."""
+    x, source = call["self"], call["src"]
+    dim = x.axis(call["dim"])
+    for d, space in enumerate(source):
+        call.unify(_piece(call, size_of(space)) if d == dim else x[d], space)
+    return x.dims  # type: ignore[no-any-return]
+
+
+slice_scatter.resize(_slice)
+
+
+@rule(aten.narrow.default)
+def narrow(call: Call) -> Spaces:
+    """A window by start and length."""
+    x = call["self"]
+    dim, start, length = x.axis(call["dim"]), call["start"], call["length"]
+    size = size_of(x[dim])
+    if any(map(_sym, (size, start, length))):
+        call.pin(x[dim], "a slice with a symbolic bound")
+        return [*x[:dim], call.fresh(length, pin="a slice with a symbolic bound"), *x[dim + 1 :]]
+    start = start + size if start < 0 else start
+    parts = call.split_concat(x[dim], [n for n in (start, length, size - start - length) if n])
+    if start:
+        call.notes["before"] = parts[0]
+    return [*x[:dim], parts[1 if start else 0] if length else call.fresh(0), *x[dim + 1 :]]
+
+
+@narrow.resize
+def _narrow(call: Resize) -> dict[str, Any]:
+    dim = call.inputs["self"].axis(call["dim"])
+    if _sym(size_of(call.outputs[0][dim])) or _sym(size_of(call.inputs["self"][dim])):
+        return {}
+    return {"start": call.kept(call.notes["before"]) if "before" in call.notes else 0, "length": call.kept(call.outputs[0][dim])}
 
 
 @rule(aten.split.Tensor, aten.split_with_sizes, aten.split.sizes, aten.chunk, aten.unsafe_split.Tensor, aten.tensor_split.sections)
@@ -317,7 +360,7 @@ def _split(call: Resize) -> dict[str, Any]:
     return {}
 
 
-@rule(aten.cat)
+@rule(aten.cat, aten.concat.default, aten.concatenate.default)
 def cat(call: Call) -> Spaces:
     """One after another: a Concat; the other dimensions unify."""
     operands = [t for t in call["tensors"] if not (len(t) == 1 and len(call.shape) > 1)]
