@@ -410,8 +410,11 @@ def _stock(model: Any, config: Any, small: GraphModule, groups: Groups, plan: Pr
     with init_empty_weights(include_buffers=False):
         stock = type(model)(config)
     state = sliced_state(model, small, groups, plan)
+    frozen = {n for n, t in state.items() if isinstance(t, nn.Parameter) and not t.requires_grad}
     _, unexpected = stock.load_state_dict(state, strict=False, assign=True)
     stock.tie_weights()
+    for name in frozen:  # load_state_dict thaws them
+        stock.get_parameter(name).requires_grad_(False)
     left = [n for n, p in stock.named_parameters() if p.is_meta]
     if left or unexpected:
         raise CheckpointError(

@@ -378,7 +378,7 @@ CHAINS: dict[str, Callable[[int], list[tuple[int, int]]]] = {
 @pytest.mark.parametrize("order", CHAINS)
 def test_deep_chains_are_quick_and_do_not_overflow(order: str) -> None:
     axes = [Axis(12) for _ in range(100_000)]
-    start = time.perf_counter()
+    start = time.process_time()
     for i, j in CHAINS[order](len(axes)):
         unify(axes[i], axes[j], "a residual stream")
     pin(axes[-1], "a model output")
@@ -386,11 +386,11 @@ def test_deep_chains_are_quick_and_do_not_overflow(order: str) -> None:
     assert {id(resolve(a)) for a in axes} == {id(resolve(axes[0]))}
     assert [a.size for a in leaves(axes[0])] == [3, 4]
     assert free(*axes) == []
-    assert time.perf_counter() - start < 20, "near-linear: a second or two on one core"
+    assert time.process_time() - start < 20, "near-linear: a second or two on one core"
 
 
 def test_long_concatenations_are_quick_and_do_not_overflow() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     peeled = rest = Axis(1500)
     for n in range(1500, 2, -2):  # x, rest = rest[:2], rest[2:]; and so on
         _, rest = split_concat(rest, [2, n - 2], "slice")  # type: ignore[assignment]
@@ -404,4 +404,4 @@ def test_long_concatenations_are_quick_and_do_not_overflow() -> None:
     assert incidence(windows, free(windows)[-1])[1].tolist() == [598, 599]
     assert isinstance(resolve(peeled), Concat)
     assert not isinstance(resolve(peeled), Product)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
