@@ -141,7 +141,7 @@ def _check_weights(groups: Groups) -> None:
         assert value.tensor is not None
         if value.tensor.is_meta:
             raise UsageError(f"parameter '{name}' is on the meta device: there are no weights to score")
-        if not bool(torch.isfinite(value.tensor).all()):
+        if value.tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(value.tensor.detach())):
             raise FxPruneError(f"parameter '{name}' holds NaN or infinite values: the model is damaged, nothing was pruned")
 
 
@@ -182,7 +182,7 @@ class _Ledger:
             else:
                 line = lines[member.dim] = _line(statistic, member.dim)
             units, positions = self._owners(group, member)
-            self.sums[group.name, name, member.dim].index_add_(0, units, line[positions] * weight)
+            self.sums[group.name, name, member.dim].index_add_(0, units, line.index_select(0, positions), alpha=weight)
             before.append(member)
 
     def _owners(self, group: PruneGroup, member: Member) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,9 @@ from torch.fx.passes.infra.pass_base import PassResult
 from ..errors import UsageError, VerificationError
 from ..groups import Groups
 from ..plan import PrunePlan
-from ..spaces import Axis, Space, kept
+from ..rules import Value
+from ..rules.registry import bind
+from ..spaces import Axis, Space, kept, size_of
 from .base import Pass
 from .dependency import PLAN, groups_of
 from .rewrite import DENSE
@@ -194,7 +196,7 @@ class _Reference(Interpreter):
         call = self.groups.inference.calls.get(n.name)
         handler = _HANDLERS.get(getattr(n.target, "overloadpacket", None)) if call is not None else None
         if handler is not None and call is not None:
-            arguments = torch.fx.node.map_arg(_bound(n), lambda m: self.env[m])
+            arguments = torch.fx.node.map_arg(bind(n), lambda m: self.env[m])
             out = handler(n.target, dict(arguments), call.arguments, self.keep_mask)
             if out is not None:
                 self.adjusted = True
@@ -206,21 +208,9 @@ class _Reference(Interpreter):
         index = kept(space, self.choice.get)
         if index is None:
             return None
-        mask = torch.zeros(_length(space), dtype=torch.bool)
+        mask = torch.zeros(size_of(space), dtype=torch.bool)
         mask[index] = True
         return mask
-
-
-def _length(space: Space) -> int:
-    from ..spaces import size_of
-
-    return int(size_of(space))
-
-
-def _bound(node: Node) -> dict[str, Any]:
-    from ..rules.registry import bind
-
-    return bind(node)
 
 
 def _masked_tensors(groups: Groups, plan: PrunePlan) -> dict[str, Tensor]:
@@ -353,13 +343,38 @@ def _group_norm(_: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: Mask
     return out if a["bias"] is None else out + a["bias"].view(shape)
 
 
-def _matmul(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
-    """Contract over the kept units only: entries that a zeroed parameter does not silence must not count."""
-    name = next(k for k in ("self", "batch1", "mat1") if isinstance(a.get(k), Tensor) and k in spaces)
-    name = "batch1" if "batch1" in a else "mat1" if "mat1" in a else name
+def _contraction(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
+    """Contract over the kept units only: entries that a zeroed parameter does not silence must not count.
+
+    The first factor is masked along its last dimension: ``a @ b``, ``c + a @ b``, ``linear`` and their kin. Where the other is a
+    parameter, its zeros do that already.
+    """
+    if any(isinstance(spaces.get(k), Value) and spaces[k].tensor is not None for k in ("weight", "mat2", "batch2", "other", "vec")):
+        return None
+    name = next(k for k in ("batch1", "mat1", "input", "self") if isinstance(a.get(k), Tensor))
     x = a[name]
     mask = _joint(x, [x.dim() - 1], spaces[name], mask_of)
     return None if mask is None else target(**{**a, name: x * mask})
+
+
+def _einsum(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
+    """The same for ``einsum``: every operand is masked along the letters that do not reach the output."""
+    left, arrow, right = a["equation"].replace(" ", "").partition("->")
+    terms = left.split(",")
+    kept_letters = right if arrow else {c for c in left if left.count(c) == 1}
+    tensors, changed = list(a["tensors"]), False
+    for i, term in enumerate(terms):
+        for position, letter in _explicit(term, tensors[i].dim()):
+            mask = None if letter in kept_letters else _joint(tensors[i], [position], spaces["tensors"][i], mask_of)
+            if mask is not None:
+                tensors[i], changed = tensors[i] * mask, True
+    return target(a["equation"], tensors) if changed else None
+
+
+def _explicit(term: str, rank: int) -> list[tuple[int, str]]:
+    """(dimension, letter) of an einsum term, without what an ellipsis stands for."""
+    before, dots, after = term.partition("...")
+    return [*enumerate(before), *((rank - len(after) + i, c) for i, c in enumerate(after))] if dots else list(enumerate(term))
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -377,9 +392,14 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.layer_norm: _layer_norm,
     aten.rms_norm: _layer_norm,
     aten.group_norm: _group_norm,
-    aten.matmul: _matmul,
-    aten.bmm: _matmul,
-    aten.baddbmm: _matmul,
-    aten.addmm: _matmul,
-    aten.mm: _matmul,
+    aten.matmul: _contraction,
+    aten.bmm: _contraction,
+    aten.baddbmm: _contraction,
+    aten.addmm: _contraction,
+    aten.mm: _contraction,
+    aten.mv: _contraction,
+    aten.dot: _contraction,
+    aten.inner: _contraction,
+    aten.linear: _contraction,
+    aten.einsum: _einsum,
 }

@@ -198,3 +198,39 @@ def test_a_views_symbolic_size_that_holds_pruned_heads_is_rewritten() -> None:
     plan = fxprune.PrunePlan.from_keep(groups, {heads.name: [0, 3]})
     for shape in ((2, 5, 12), (3, 7, 12)):
         assert fxprune.verify(gm, fxprune.rewrite(gm, plan), plan, torch.randn(shape)).max_rel_error < 1e-6
+
+
+class Kernelised(nn.Module):
+    """Attention whose feature map is not zero at zero: a zeroed parameter does not silence a removed unit."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.q, self.k, self.v = nn.Linear(6, 10), nn.Linear(6, 10), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Linear attention over ``x [batch, length, 6]``."""
+        q, k = (nn.functional.elu(f(x)) + 1 for f in (self.q, self.k))
+        if self.how == "einsum":
+            return torch.einsum("bqd,bkd->bqk", q, k) @ self.v(x)
+        if self.how == "linear":
+            return nn.functional.linear(q, k[0]) @ self.v(x)
+        return q @ k.transpose(1, 2) @ self.v(x)
+
+
+@pytest.mark.parametrize("how", ["matmul", "einsum", "linear"])
+def test_the_reference_contracts_over_the_kept_units(how: str) -> None:
+    torch.manual_seed(0)
+    gm = fxprune.trace(Kernelised(how), torch.randn(2, 5, 6))
+    groups = fxprune.find_groups(gm)
+    width = next(g for g in groups.values() if g.size == 10)
+    assert width.prunable, width.reason
+    plan = fxprune.PrunePlan.from_keep(groups, {width.name: [0, 2, 3, 9]})
+    small = fxprune.rewrite(gm, plan)
+    x = torch.randn(3, 7, 6)
+    report = fxprune.verify(gm, small, plan, x)
+    assert report.max_rel_error < 1e-6
+    assert report.reference == "masked dense, statistics over the kept units"
+    with torch.no_grad():
+        small.get_parameter("q.weight").add_(0.1)
+    assert not fxprune.verify(gm, small, plan, x).ok

@@ -22,7 +22,7 @@ from ..passes.rewrite import slice_tensor
 from ..passes.verify import relative_error
 from ..plan import PrunePlan
 from ..spaces import Axis
-from .surgery import drop_entries, set_attribute, shorten_config
+from .surgery import deepest_first, drop_entries, set_attribute, shorten_config
 
 log = logging.getLogger("fxprune")
 
@@ -122,9 +122,11 @@ def sliced_state(model: nn.Module, small: nn.Module, groups: Groups, plan: Prune
 
 
 def dropped_entries(plan: PrunePlan) -> dict[str, list[int]]:
-    """The plan's dropped blocks as module list path -> entry numbers."""
+    """The plan's dropped blocks as module list path -> entry numbers; what lies inside another dropped block goes with it."""
     drop: dict[str, list[int]] = {}
     for path in plan.drop:
+        if any(path.startswith(f"{other}.") for other in plan.drop):
+            continue
         parent, _, number = path.rpartition(".")
         drop.setdefault(parent, []).append(int(number))
     return drop
@@ -147,8 +149,8 @@ def combined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, A
 def _drop(pruned: nn.Module, plan: PrunePlan) -> tuple[dict[str, list[int]], dict[str, list[str]]]:
     drop = dropped_entries(plan)
     renumber = {path: numbering(pruned.get_submodule(path)) for path in drop}
-    for path, gone in drop.items():
-        drop_entries(pruned, path, gone, renumber[path])
+    for path in deepest_first(drop):
+        drop_entries(pruned, path, drop[path], renumber[path])
     return drop, renumber
 
 
@@ -168,13 +170,13 @@ def numbering(entries: nn.Module) -> list[str]:
 
 def renamed(name: str, drop: Mapping[str, list[int]]) -> str | None:
     """A dense parameter's name after entries were dropped and renumbered; None if it went with them."""
-    for path, gone in drop.items():
+    for path in deepest_first(drop):
         found = re.match(rf"{re.escape(path)}\.(\d+)(\..*)?$", name)
         if found:
             number = int(found[1])
-            if number in gone:
+            if number in drop[path]:
                 return None
-            return f"{path}.{number - sum(g < number for g in gone)}{found[2] or ''}"
+            name = f"{path}.{number - sum(g < number for g in drop[path])}{found[2] or ''}"
     return name
 
 

@@ -61,7 +61,7 @@ def load(
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        cls = getattr(module, config["auto_map"]["AutoModelForCausalLM"].rpartition(".")[2])
+        cls = getattr(module, next(iter(config["auto_map"].values())).rpartition(".")[2])
         return cls.from_pretrained(path, dtype=dtype, **options).eval()  # type: ignore[no-any-return]
     except DAMAGE as error:
         raise CheckpointError(f"cannot load the checkpoint '{path}': {error}") from error

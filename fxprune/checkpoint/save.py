@@ -170,7 +170,7 @@ def _write_per_layer(result: PruneResult, model: Any, work: Path, max_shard_size
     """The dense model's configuration, the surgery as data, and a small modelling file that does it again."""
     config = copy.deepcopy(result.dense_config)
     config.fxprune = {"format": 1, **result.surgery}
-    config.auto_map = {"AutoModelForCausalLM": f"{MODELING}.{type(model).__name__}"}
+    config.auto_map = {auto_class(type(model), type(config)): f"{MODELING}.{type(model).__name__}"}
     kept_config = model.config
     persistent = _persist(model, result.surgery)
     try:
@@ -186,6 +186,28 @@ def _write_per_layer(result: PruneResult, model: Any, work: Path, max_shard_size
     written["architectures"] = [type(model).__name__]
     (work / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
     (work / f"{MODELING}.py").write_text(modeling_source(type(model)), encoding="utf-8")
+
+
+AUTO = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "AutoModel": "MODEL_MAPPING",
+}
+
+
+def auto_class(model: type, config: type) -> str:
+    """The auto class that users load such a model with."""
+    import transformers
+
+    for name, mapping in AUTO.items():
+        listed = getattr(transformers, mapping).get(config, ())
+        if any(c in model.__mro__ for c in (listed if isinstance(listed, list | tuple) else [listed])):
+            return name
+    return "AutoModelForCausalLM"
 
 
 def _persist(model: nn.Module, spec: Mapping[str, Any]) -> list[tuple[nn.Module, str]]:

@@ -21,8 +21,8 @@ def apply_surgery(model: nn.Module, spec: dict[str, Any]) -> None:
             (parameter name -> shape), ``buffers`` (buffer name -> shape), ``attributes`` (module path -> attribute -> value).
             All names are those after dropping.
     """
-    for path, gone in spec.get("drop", {}).items():
-        drop_entries(model, path, gone, spec.get("renumber", {}).get(path, []))
+    for path in deepest_first(spec.get("drop", {})):
+        drop_entries(model, path, spec["drop"][path], spec.get("renumber", {}).get(path, []))
     replaced: dict[int, nn.Parameter] = {}
     for name, shape in spec.get("shapes", {}).items():
         owner, leaf = _owner(model, name)
@@ -102,6 +102,11 @@ def shorten_config(config: Any, spec: dict[str, Any]) -> dict[str, Any]:
                 elif type(value) is int and value == length and "layer" in key:
                     setattr(part, key, length - len(gone))
     return {k: v for k, v in before.items() if getattr(config, k) != v}
+
+
+def deepest_first(paths: Any) -> list[str]:
+    """Lists inside entries of other lists come before these: an entry's name is good until its list is renumbered."""
+    return sorted(paths, key=lambda path: -path.count("."))
 
 
 def drop_entries(model: nn.Module, path: str, gone: list[int], numbered: list[str]) -> None:
