@@ -696,14 +696,18 @@ CASES: list[Case] = [
 
 
 def _elementwise_tagged() -> list[Case]:
-    """A case for every functional aten overload that torch tags as pointwise: they share one rule."""
+    """A case for every functional aten overload that torch tags as pointwise: they share one rule.
+
+    The names come from the dispatcher: ``dir(torch.ops.aten)`` holds only what has been used in this process.
+    """
     made = []
-    for packet in (getattr(aten, name) for name in sorted(dir(aten))):
+    names = {n.removeprefix("aten::").partition(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::")}
+    for packet in (getattr(aten, name, None) for name in sorted(names)):
         for name in packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else []:
             target = getattr(packet, name)
             schema = target._schema
             tagged = torch.Tag.pointwise in target.tags and not schema.is_mutable
-            if tagged and not any(a.is_out for a in schema.arguments):
+            if tagged and all("Tensor" in str(r.type) for r in schema.returns) and not any(a.is_out for a in schema.arguments):
                 made.append(_elementwise(target))
     return made
 

@@ -330,6 +330,16 @@ def test_small_gradients_of_a_half_precision_model_do_not_vanish() -> None:
             torch.testing.assert_close(small[name] * 1024**2, large[name], rtol=0.01, atol=0)
 
 
+def test_sums_over_many_samples_of_a_half_precision_model_keep_the_later_ones() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)).bfloat16()
+    gm = trace(model, (torch.randn(2, 4).bfloat16(),))
+    one = {"input": torch.randn(1, 4).bfloat16()}
+    many = {"input": one["input"].expand(300, 4)}
+    options: dict[str, Any] = {"criterion": "taylor_mixed", "loss": lambda out, batch: out.float().square().sum()}
+    first, all_alike = (score(gm, find_groups(gm), calibration=[b], **options)["ffn"] for b in (one, many))
+    torch.testing.assert_close(first, all_alike, rtol=1e-4, atol=0)
+
+
 def test_product_of_many_small_scores_does_not_vanish() -> None:
     members = [torch.tensor([1e-9, 2e-9, 0.0], dtype=torch.float64)] * 300
     torch.testing.assert_close(aggregate(members, "product"), members[0])
