@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -89,7 +90,9 @@ def _copy(gm: GraphModule) -> tuple[Graph, dict[Node, Node]]:
     assert output is not None
     old_output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     new[old_output] = graph.output(output)
-    graph.set_codegen(copy.deepcopy(gm.graph._codegen))
+    with warnings.catch_warnings():  # torch 2.13 compares with its own deprecated LeafSpec
+        warnings.simplefilter("ignore", FutureWarning)
+        graph.set_codegen(copy.deepcopy(gm.graph._codegen))
     for old, made in new.items():
         made.meta = {k: v for k, v in old.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
     return graph, new
