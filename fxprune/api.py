@@ -39,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 LAYERS_BY = ("influence", "first")
 
 CRITERION = "taylor2"
-"""The default: of the paper's criteria the one that keeps the most of SmolLM2-135M (see the README)."""
+"""The default: of the paper's criteria the one that kept the most of SmolLM2-135M in a first trial."""
 
 
 @dataclass(frozen=True)
