@@ -370,11 +370,10 @@ def incidence(space: Space, axis: Axis) -> tuple[Tensor, Tensor]:
             u = u.repeat_interleave(inner)
         units.append(u)
         positions.append(p)
-    pairs = torch.stack([torch.cat(positions), torch.cat(units)])
-    if len(units) > 2:  # the axis occurs more than once: one index may be owned twice over
-        pairs = torch.unique(pairs, dim=1)
-    order = torch.argsort(pairs[0], stable=True)
-    return pairs[1][order], pairs[0][order]
+    if len(units) == 2:  # the axis occurs once: sorted as it is
+        return units[1], positions[1]
+    keys = torch.unique(torch.cat(positions) * axis.size + torch.cat(units))  # one index may be owned twice over
+    return keys % axis.size, keys // axis.size
 
 
 def keep_from(choice: Mapping[Axis, Tensor]) -> Keep:
