@@ -39,7 +39,7 @@ def measure(model: nn.Module, inputs: dict[str, Tensor], seed: int, repeats: int
     generator = torch.Generator().manual_seed(seed)
 
     def some(group: PruneGroup) -> Tensor:
-        count = int(torch.randint(1, group.size, (1,), generator=generator))
+        count = int(torch.randint(group.least, group.size, (1,), generator=generator))
         return torch.randperm(group.size, generator=generator)[:count]
 
     def error(keep: dict[str, Tensor]) -> float:

@@ -24,7 +24,7 @@ from .checkpoint.save import save_pruned
 from .criteria import Criterion, UserCriterion, check_aggregation, find_criterion
 from .errors import CheckpointError, UsageError, VerificationError, nearest
 from .groups import Groups
-from .passes.dependency import find_groups
+from .passes.dependency import groups_of
 from .passes.importance import Loss, score
 from .passes.influence import block_influence
 from .passes.rewrite import rewrite
@@ -162,6 +162,7 @@ def prune(
     calibration: Calibration = None,
     tokenizer: Any = None,
     inputs: Any = None,
+    graph: GraphModule | None = None,
     criterion: str | Criterion | UserCriterion = CRITERION,
     aggregation: str = "sum",
     selection: Selection | None = None,
@@ -187,6 +188,7 @@ def prune(
             or ready batches; see `fxprune.calibration.load_calibration`.
         tokenizer: For calibration text; saved with the checkpoint.
         inputs: Example inputs to trace with; by default token ids for a model with a vocabulary.
+        graph: What `fxprune.trace` made of this model already, to prune it several ways for one trace.
         criterion: See `fxprune.criteria.CRITERIA`.
         aggregation: See `fxprune.criteria.AGGREGATIONS`.
         selection: Targets and constraints; or give fields of `fxprune.passes.selection.Selection` as keywords.
@@ -219,8 +221,10 @@ def prune(
     chosen = _target(ratio, selection, plan, options)
     clock = _Clock()
     example = inputs if inputs is not None else example_inputs(model)
-    gm: GraphModule = clock("trace", trace, model, example)
-    groups: Groups = clock("groups", find_groups, gm)
+    if graph is not None and {id(p) for p in graph.parameters()} - {id(p) for p in model.parameters()}:
+        raise UsageError("graph= is the trace of another model: its parameters are not this model's")
+    gm: GraphModule = graph if graph is not None else clock("trace", trace, model, example)
+    groups: Groups = clock("groups", groups_of, gm)
     if plan is None:
         assert chosen is not None
         plan = _make_plan(model, gm, groups, chosen, scoring, tokenizer=tokenizer, loss=loss, clock=clock, progress=progress)

@@ -13,14 +13,16 @@ import logging
 import operator
 import traceback
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from ._compat import dynamic_size_errors
 from .errors import CaptureError, UsageError
+from .quantised import refuse_quantised
 
 log = logging.getLogger("fxprune")
 
@@ -46,17 +48,53 @@ def trace(
         A GraphModule that is called like the model.
 
     Raises:
-        UsageError: ``model`` is no module, or ``inputs`` is empty or holds no tensor.
+        UsageError: ``model`` is no module or is quantised, or ``inputs`` is empty or holds no tensor.
         CaptureError: The model cannot be traced; says where it failed and what to try.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"expected a torch.nn.Module to trace, got {type(model).__name__}")
+    refuse_quantised(model)
     args, kwargs = _arguments(inputs)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    args, kwargs = _widen(args, device), {k: _widen(v, device) for k, v in kwargs.items()}
-    shapes = dynamic_shapes if dynamic_shapes is not None else _default_shapes(model, args, kwargs)
+    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
+    if dynamic_shapes is not None:
+        return _capture(model, args, kwargs, dynamic_shapes)
+    wide_args, wide_kwargs = tuple(map(_widen, args)), {k: _widen(v) for k, v in kwargs.items()}
+    try:
+        return _most_symbolic(model, wide_args, wide_kwargs)
+    except CaptureError:
+        if all(a is b for a, b in zip((*args, *kwargs.values()), (*wide_args, *wide_kwargs.values()), strict=True)):
+            raise
+    return _most_symbolic(model, args, kwargs)
+
+
+def _most_symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
+    attempts = _default_shapes(model, args, kwargs)
+    for position, shapes in enumerate(attempts):
+        last = position == len(attempts) - 1
+        try:
+            gm = _capture(model, args, kwargs, shapes)
+        except CaptureError as error:
+            if last or not isinstance(error.__cause__, dynamic_size_errors()):
+                raise
+            log.warning("symbolic sizes failed (%s); traced again with %s", _first_line(error.__cause__), _FEWER[position])
+            continue
+        trouble = None if last else _trouble_elsewhere(gm, model, args, kwargs)
+        if trouble is None:
+            return gm
+        log.warning("the trace holds for one size only (%s); traced again with %s", trouble, _FEWER[position])
+    raise AssertionError("the last attempt returns or raises")
+
+
+_FEWER = ("a symbolic batch only", "fixed sizes")
+
+
+def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> GraphModule:
     with quiet(model), torch.no_grad():
-        exported = _export(model, args, kwargs, shapes, fixed_fallback=dynamic_shapes is None)
+        try:
+            exported: Any = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            raise _explain(model, error) from error
         if any(_mutates(n) for n in exported.graph.nodes):
             exported = exported.run_decompositions({})
     gm: GraphModule = exported.module(check_guards=False)
@@ -85,26 +123,29 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, kwargs
 
 
-def _widen(value: Any, device: torch.device) -> Any:
-    """Examples of size 1 would specialise the trace (0/1 specialisation): use two rows, on the model's device."""
-    if isinstance(value, tuple):
-        return tuple(_widen(v, device) for v in value)
+def _widen(value: Any) -> Any:
+    """Examples of size 1 would specialise the trace (0/1 specialisation): use two rows, and two tokens."""
     if not isinstance(value, Tensor):
         return value
-    for dim in range(value.dim() if not value.is_floating_point() else min(value.dim(), 1)):
+    for dim in (0, 1) if value.dim() == 2 and not value.is_floating_point() else (0,) if value.dim() else ():
         if value.shape[dim] == 1:
             value = value.repeat_interleave(2, dim)
-    return value.to(device)
+    return value
 
 
-def _default_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _default_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """What to try, from the most symbolic to the least: batch and sequence, the batch, nothing."""
+    return [_symbolic(model, args, kwargs, dims) for dims in (None, 1)] + [None]
+
+
+def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], most: int | None) -> Any:
     auto = torch.export.Dim.AUTO
 
     def of(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return None
         free = value.dim() if not value.is_floating_point() else 2 if value.dim() == 3 else 1
-        return dict.fromkeys(range(min(free, value.dim())), auto) or None
+        return dict.fromkeys(range(min(free, value.dim(), most or free)), auto) or None
 
     positional = tuple(of(a) for a in args)
     keyword = {k: of(v) for k, v in kwargs.items()}
@@ -141,17 +182,98 @@ def quiet(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def _export(model: nn.Module, args: Any, kwargs: Any, shapes: Any, *, fixed_fallback: bool) -> Any:
+def _trouble_elsewhere(gm: GraphModule, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why a symbolic trace does not run at other sizes than the example's; None if it does, or if the model itself does not.
+
+    Where a model computes with a size (chunks of a scan), `torch.export` may keep one result of that as a plain number. Sizes
+    without division or remainder cannot go wrong that way, so most models are not run at all. No numbers are computed.
+    """
+    if all(size.expr.is_polynomial() for node in gm.graph.nodes for size in _symbolic_sizes(node)):
+        return None
+    examples = [v for node in gm.graph.nodes if node.op == "placeholder" for v in _values(node)]
+    symbols = {
+        size.expr: size
+        for node in gm.graph.nodes
+        if node.op == "placeholder"
+        for size in _symbolic_sizes(node)
+        if size.expr.is_symbol
+    }
+    leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
+
+    def runs(flat: list[Any]) -> bool:
+        fakes = [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in flat]
+        return _runs(model, *torch.utils._pytree.tree_unflatten(fakes, spec))
+
+    for more in (1, 5003):
+        table = {symbol: _beyond(node, more) for symbol, node in symbols.items()}
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode, torch.no_grad(), _silent("torch._subclasses.fake_tensor"):
+            inputs = [_of_size(v, table) for v in examples]
+            tensors = iter(v for v in inputs if isinstance(v, Tensor))
+            elsewhere = [next(tensors) if isinstance(v, Tensor) else v for v in leaves]
+            try:
+                _Shapes(gm, mode).run(*inputs, enable_io_processing=False)
+            except _CANNOT_TELL:
+                return None
+            except Exception as error:  # noqa: BLE001 - whatever it is, the trace does not hold there
+                own_limit = not runs(elsewhere) and runs(leaves)  # a table of positions ends there, for example
+                return None if own_limit else _first_line(error)
+    return None
+
+
+_CANNOT_TELL = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a model takes inputs of these sizes at all, as far as tensors without numbers can tell."""
+    with quiet(model):
+        try:
+            model(*args, **kwargs)
+        except Exception:  # noqa: BLE001 - any reason will do
+            return False
+    return True
+
+
+def _symbolic_sizes(node: Node) -> list[Any]:
+    tensors = [v for v in _values(node) if isinstance(v, Tensor)]
+    return [cast(Any, n).node for v in tensors for n in v.shape if not isinstance(n, int)]
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """What torch logs as an error on its own, before it raises it."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        if not (fixed_fallback and isinstance(error, dynamic_size_errors())):
-            raise _explain(model, error) from error
-        log.warning("symbolic sizes failed (%s); traced again with fixed ones", _first_line(error))
-    try:
-        return torch.export.export(model, args, kwargs, strict=False)
-    except Exception as error:
-        raise _explain(model, error) from error
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _beyond(size: Any, more: int) -> int:
+    """An allowed size of a symbolic dimension, larger than the example's if there is one."""
+    upper = size.shape_env.var_to_range[size.expr].upper
+    wanted: int = size.hint + more
+    return min(wanted, int(upper)) if upper.is_Integer else wanted
+
+
+def _of_size(value: Any, table: Mapping[Any, int]) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    shape = [n if isinstance(n, int) else int(cast(Any, n).node.expr.subs(table)) for n in value.shape]
+    return torch.empty(shape, dtype=value.dtype, device=value.device)
+
+
+class _Shapes(Interpreter):
+    """Runs a graph on tensors without numbers."""
+
+    def __init__(self, gm: GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm)
+        self.mode = mode
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return self.mode.from_tensor(value) if isinstance(value, Tensor) else value
 
 
 def _first_line(error: BaseException) -> str:
@@ -237,7 +359,7 @@ def _inline_regions(gm: GraphModule) -> None:
         if node.users:
             node.replace_all_uses_with(result if isinstance(result, Node) else result[0])
         gm.graph.erase_node(node)
-    gm.graph.eliminate_dead_code()
+    remove_dead(gm.graph)
     gm.delete_all_unused_submodules()
 
 
@@ -250,7 +372,12 @@ def _clean(gm: GraphModule) -> None:
         name = getattr(node.target, "__name__", str(node.target))
         if node.op in ("call_function", "call_module") and name.startswith(_ASSERTIONS) and not node.users:
             gm.graph.erase_node(node)
-    gm.graph.eliminate_dead_code()
+    remove_dead(gm.graph)
+
+
+def remove_dead(graph: Graph) -> None:
+    """Drop what nobody reads: attention too, which torch keeps for the random numbers that dropout may draw."""
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
 
 
 def _fold(gm: GraphModule, owned: set[str]) -> None:
@@ -274,7 +401,7 @@ def _fold(gm: GraphModule, owned: set[str]) -> None:
             made = gm.graph.get_attr(name)
         made.meta = {**node.meta, "val": value}
         node.replace_all_uses_with(made)
-    gm.graph.eliminate_dead_code()
+    remove_dead(gm.graph)
 
 
 def _foldable(node: Node) -> bool:

@@ -74,9 +74,11 @@ class PruneGroup:
         members: The dimensions it reaches into, in order of first use.
         prunable: False if some operator depends on the units' number or position.
         reason: Why it is not prunable; empty if it is.
-        normalised: True if a mean, variance or softmax runs over the axis, so that its dense reference takes statistics over
-            the kept units instead of over zeros.
+        normalised: True if a mean, variance, softmax or top-k runs over the axis, so that its dense reference takes statistics
+            over the kept units instead of over zeros.
         parameters_per_unit: Parameters that go when one unit of the dense model goes (the mean over units).
+        least: Fewest units that must stay: a router that takes the best two of its experts needs two.
+        multiple: Counts of kept units that kernels take: a grouped matmul wants rows of whole 16 bytes. A selection stops at these.
     """
 
     name: str
@@ -88,6 +90,8 @@ class PruneGroup:
     normalised: bool
     parameters_per_unit: float
     axis: Axis = field(repr=False)
+    least: int = 1
+    multiple: int = 1
 
     @property
     def layer(self) -> int | None:
@@ -211,9 +215,18 @@ def build_groups(found: Inference, blocks: Mapping[str, Block], aliases: Mapping
                 normalised="normalised" in axis.marks,
                 parameters_per_unit=_per_unit(axis, own),
                 axis=axis,
+                least=axis.least,
+                multiple=_multiple(axis, own, found),
             )
         )
     return Groups(found, groups, blocks, aliases)
+
+
+def _multiple(axis: Axis, members: Sequence[Member], found: Inference) -> int:
+    if "aligned" not in axis.marks:
+        return 1
+    width = min(cast(Tensor, found.tensors[m.name].tensor).element_size() for m in members if m.trainable)
+    return max(1, 16 // width)
 
 
 def _kind(axis: Axis, members: Sequence[Member]) -> str:
@@ -226,11 +239,18 @@ def _kind(axis: Axis, members: Sequence[Member]) -> str:
         "head_dim": "head_dim",
         "channels": "channels",
     }
-    for mark, kind in marks.items():
-        if mark in axis.marks and not (mark == "expanded" and "heads" not in axis.marks):
-            return cast(str, kind)
     matrices = {m.name for m in members if m.trainable and len(m.shape) > 1}
-    return "ffn" if len(matrices) > 1 else "other"
+    for mark, kind in marks.items():
+        if mark == "expanded" and ("heads" not in axis.marks or (len(matrices) > 2 and not _among_heads(axis, members))):
+            continue
+        if mark in axis.marks:
+            return cast(str, kind)
+    return "ffn" if len(matrices) > 1 and "activated" in axis.marks else "other"
+
+
+def _among_heads(axis: Axis, members: Sequence[Member]) -> bool:
+    """Whether the axis shares a dimension with another one that numbers heads, as query groups do with key-value heads."""
+    return any(other is not axis and "heads" in other.marks for m in members for other in spaces.leaves(m.space))
 
 
 def _scope(names: Sequence[str]) -> str:

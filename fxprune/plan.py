@@ -103,6 +103,8 @@ class PrunePlan:
                 raise PlanError(f"group '{name}' cannot be pruned: {group.reason}")
             if len(units) == 0:
                 raise PlanError(f"the plan keeps no unit of group '{name}': at least one must stay")
+            if len(units) < group.least:
+                raise PlanError(f"the plan keeps {len(units)} units of group '{name}', but a top-k takes {group.least} of them")
             wrong = [u for u in units.tolist() if not 0 <= u < group.size]
             if wrong:
                 raise PlanError(f"the plan keeps unit {wrong[0]} of group '{name}', which has units 0 to {group.size - 1}")

@@ -36,14 +36,16 @@ class Axis:
         size: Number of units.
         pins: Reasons why no unit may be removed; empty when the axis is free.
         marks: Facts that rules leave for later passes, such as ``"normalised"``.
+        least: Fewest units that must stay (a top-k takes so many).
     """
 
-    __slots__ = ("form", "marks", "pins", "serial", "size")
+    __slots__ = ("form", "least", "marks", "pins", "serial", "size")
 
     def __init__(self, size: int, pins: Iterable[str] = (), marks: Iterable[str] = ()) -> None:
         self.size = size
         self.pins: dict[str, None] = dict.fromkeys(pins)
         self.marks: set[str] = set(marks)
+        self.least = 1
         self.form: Space | None = None
         self.serial = next(_serial)
 
@@ -185,6 +187,31 @@ def mark(space: Space, name: str) -> None:
         axis.marks.add(name)
 
 
+def require(space: Space, least: int, reason: str) -> None:
+    """State that at least so many indices of the space must stay; ``reason`` is why, should none be left to go.
+
+    A Product and a Concat meet it by their innermost factor and their first part, and where those are too small by the next ones.
+    """
+    work = [(space, least)]
+    while work:
+        space, least = work.pop()
+        space = resolve(space)
+        if isinstance(space, Sym) or least <= 1:
+            continue
+        if isinstance(space, Axis):
+            space.least = max(space.least, least)
+            if space.least >= space.size:
+                pin(space, reason)
+            continue
+        children = _children(space)
+        for child in reversed(children) if isinstance(space, Product) else children:
+            size = size_of(child)
+            if not isinstance(size, int) or least <= (1 if isinstance(space, Product) else 0):
+                break
+            work.append((child, min(size, least)))
+            least = -(-least // size) if isinstance(space, Product) else least - size
+
+
 def _bind(axis: Axis, form: Space) -> None:
     if isinstance(form, Axis) and form.serial > axis.serial:
         axis, form = form, axis  # the older axis stays the root: names and order are stable
@@ -193,6 +220,8 @@ def _bind(axis: Axis, form: Space) -> None:
         for leaf in leaves(form):
             leaf.pins.update(axis.pins)
             leaf.marks |= axis.marks
+    if axis.least > 1:
+        require(form, axis.least, "all of it is taken")
 
 
 def unify(a: Space, b: Space, why: str) -> None:

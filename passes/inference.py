@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from ..rules import Call, Value, rule_for
 from ..rules.registry import bind
-from ..spaces import Size, fresh, leaves, pin, size_of
+from ..spaces import Size, Space, fresh, leaves, pin, size_of
 
 log = logging.getLogger("fxprune")
 
@@ -100,7 +100,7 @@ def tensor_list(value: Any) -> list[Value]:
 
 def _pin_all(value: Any, reason: str) -> None:
     for tensor in tensor_list(value):
-        for space in tensor:
+        for space in (*tensor, *([] if tensor.numbers is None else [tensor.numbers])):
             pin(space, reason)
 
 
@@ -117,8 +117,10 @@ def _operator(found: Inference, node: Node) -> Any:
         return _scalar(call)
     tensors = list(call.tensors())
     weight = bool(tensors) and all(t.weight for t in tensors)
-    results = iter(_apply(call))
-    return _form(node.meta["val"], lambda _: Value(next(results), weight=weight))
+    results = iter(
+        [Value(dims, weight=weight, numbers=call.numbered.get(i), tally=call.tally) for i, dims in enumerate(_apply(call))]
+    )
+    return _form(node.meta["val"], lambda _: next(results))
 
 
 def _scalar(call: Call) -> Any:
@@ -129,6 +131,8 @@ def _scalar(call: Call) -> Any:
         picked = [tensor[call["dim"]]] if name.endswith("sym_size") else tensor
         for space in picked:
             call.pin(space, "its size is computed with")
+        if not name.endswith("sym_size"):
+            call.escape(tensor)
     val = node.meta.get("val")
     return _size(val) if isinstance(val, int | torch.SymInt) else None
 
@@ -140,6 +144,7 @@ def _apply(call: Call) -> list[list[Any]]:
         return call.give_up("there is no rule")
     try:
         result = found(call)
+        _renumber(call, found.numbers)
         many = bool(result) and isinstance(result[0], list | tuple | Value)
         results = [list(r) for r in result] if many else [list(result)]
     except Exception as error:  # noqa: BLE001 - an incomplete rule must never become a wrong one
@@ -151,6 +156,21 @@ def _apply(call: Call) -> list[list[Any]]:
         log.warning("the rule for %s gave %s for shapes %s", call.why, results, call.shapes)
         return call.give_up("the rule does not cover this case")
     return results
+
+
+def _renumber(call: Call, way: str) -> None:
+    """What becomes of tensors whose entries number the units of an axis, in a rule that does not see to it by itself."""
+    tensors = list(call.tensors())
+    typed = [t for t in tensors if t.numbers is not None]
+    if way == "own" or not typed:
+        return
+    if way == "pass" and len(typed) == len(tensors):
+        first = cast(Space, typed[0].numbers)
+        for other in typed[1:]:
+            call.unify(first, cast(Space, other.numbers))
+        call.numbered = dict.fromkeys(range(len(call.shapes)), first)
+    else:
+        call.escape(*typed)
 
 
 def _settle(call: Call, dims: list[Any], shape: list[Size]) -> list[Any]:

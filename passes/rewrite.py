@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from ..capture import remove_dead
 from ..errors import UsageError
 from ..groups import Groups
 from ..plan import PrunePlan
 from ..rules import Resize, rule_for
 from ..rules.registry import bind, rebind
+from ..rules.views import OF_ANY_STRIDE
 from ..spaces import Axis, Space, kept
 from .base import Pass
 from .dependency import PLAN, groups_of
@@ -56,7 +58,7 @@ class RewritePass(Pass):
         graph, new = _copy(graph_module)
         _resize(graph_module, groups, graph, new, choice)
         _drop(groups, new, plan)
-        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        remove_dead(graph)
         root = _slice_tensors(groups, graph, choice)
         to_modules(graph, root, groups.aliases)
         small = GraphModule(root, graph)
@@ -108,8 +110,7 @@ def _resize(gm: GraphModule, groups: Groups, graph: Graph, new: dict[Node, Node]
         call, node = found.calls.get(old.name), new[old]
         if call is None:
             continue
-        if node.target is aten.view.default:  # a slice of weights can leave activations non-contiguous
-            node.target = aten.reshape.default
+        node.target = OF_ANY_STRIDE.get(node.target, node.target)
         rule = rule_for(old.target)
         if rule is None or rule.resizer is None:
             continue

@@ -317,8 +317,9 @@ def _least(size: int, floor: float) -> int:
 
 def _stops(group: PruneGroup, chosen: Selection) -> range:
     """Counts of kept units that a group may stop at, falling."""
-    multiple = chosen.multiple_of(group.kind)
-    return range((group.size - 1) // multiple * multiple, _least(group.size, chosen.floor) - 1, -multiple)
+    multiple = math.lcm(chosen.multiple_of(group.kind), group.multiple)
+    least = max(_least(group.size, chosen.floor), group.least)
+    return range((group.size - 1) // multiple * multiple, least - 1, -multiple)
 
 
 def _open_blocks(groups: Groups, chosen: Selection) -> list[str]:

@@ -22,6 +22,7 @@ from ..groups import Groups
 from ..plan import PrunePlan
 from ..rules import Value
 from ..rules.registry import bind
+from ..rules.views import OF_ANY_STRIDE
 from ..spaces import Axis, Space, kept, size_of
 from .base import Pass
 from .dependency import PLAN, groups_of
@@ -193,6 +194,14 @@ class _Reference(Interpreter):
         return self.masked[target] if target in self.masked else super().get_attr(target, args, kwargs)
 
     def run_node(self, n: Node) -> Any:
+        out = self._run(n)
+        if getattr(n.target, "overloadpacket", None) in _UNDEFINED_AT_ZERO and isinstance(out, Tensor):
+            removed = _joint(out, list(range(out.dim())), self.groups.inference.values[n.name], self.keep_mask)
+            if removed is not None:  # 0 / 0 where a unit is gone must not spread
+                return out.masked_fill(~removed & ~out.isfinite(), 0)
+        return out
+
+    def _run(self, n: Node) -> Any:
         call = self.groups.inference.calls.get(n.name)
         handler = _HANDLERS.get(getattr(n.target, "overloadpacket", None)) if call is not None else None
         if handler is not None and call is not None:
@@ -201,6 +210,9 @@ class _Reference(Interpreter):
             if out is not None:
                 self.adjusted = True
                 return out
+        if n.target in OF_ANY_STRIDE:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return OF_ANY_STRIDE[n.target](*args, **kwargs)
         return super().run_node(n)
 
     def keep_mask(self, space: Space) -> Tensor | None:
@@ -232,6 +244,8 @@ def _masked_tensors(groups: Groups, plan: PrunePlan) -> dict[str, Tensor]:
         masked[name] = torch.zeros_like(tensor)
     return masked
 
+
+_UNDEFINED_AT_ZERO = (aten.div, aten.true_divide, aten.reciprocal, aten.rsqrt, aten.log, aten.pow)
 
 MaskOf = Callable[[Space], Tensor | None]
 
@@ -327,6 +341,24 @@ def _layer_norm(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of:
     return out if a.get("bias") is None else out + a["bias"]
 
 
+def _best(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
+    """Top-k and argmax among the kept units: the removed ones are as far from the best as can be."""
+    x = a["self"]
+    mask = None if a["dim"] is None or not x.dim() else _joint(x, [a["dim"] % x.dim()], spaces["self"], mask_of)
+    if mask is None:
+        return None
+    largest = a.get("largest", target.overloadpacket is not aten.argmin)
+    ends = (float("-inf"), float("inf")) if x.is_floating_point() else (torch.iinfo(x.dtype).min, torch.iinfo(x.dtype).max)
+    worst = ends[0] if largest else ends[1]
+    return target(**{**a, "self": x.masked_fill(~mask, worst)})
+
+
+def _cumsum(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
+    x = a["self"]
+    mask = _joint(x, [a["dim"] % x.dim()], spaces["self"], mask_of) if x.dim() else None
+    return None if mask is None else target(**{**a, "self": x * mask})
+
+
 def _group_norm(_: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
     x, groups = a["input"], a["num_groups"]
     channel = mask_of(spaces["input"][1])
@@ -377,6 +409,13 @@ def _explicit(term: str, rank: int) -> list[tuple[int, str]]:
     return [*enumerate(before), *((rank - len(after) + i, c) for i, c in enumerate(after))] if dots else list(enumerate(term))
 
 
+def _attention(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
+    """Queries and keys contract over the kept part of their width, and the softmax runs over all keys; the scale stays."""
+    query = a["query"]
+    mask = _joint(query, [query.dim() - 1], spaces["query"], mask_of)
+    return None if mask is None else target(**{**a, "query": query.masked_fill(~mask, 0)})
+
+
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.mean: _mean,
     aten.sum: _sum,
@@ -392,6 +431,12 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.layer_norm: _layer_norm,
     aten.rms_norm: _layer_norm,
     aten.group_norm: _group_norm,
+    aten.topk: _best,
+    aten.argmax: _best,
+    aten.argmin: _best,
+    aten.cumsum: _cumsum,
+    aten.scaled_dot_product_attention: _attention,
+    aten.linalg_norm: _norm,
     aten.matmul: _contraction,
     aten.bmm: _contraction,
     aten.baddbmm: _contraction,

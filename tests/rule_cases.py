@@ -177,6 +177,15 @@ INDEXING = [
     op(aten.index_add.default, t(4, 5, 3), -2, ints(5, 2), t(4, 2, 3), alpha=0.5),
     op(aten.index_copy.default, t(4, 5), 1, const(3, 1), t(4, 2)),
     op(aten.topk.default, t(4, 6), 2),
+    op(aten.masked_scatter.default, t(2, 3, 4), const([[True], [False], [True]], [[True], [False], [False]]), t(5, 4)),
+    op(aten.masked_scatter.default, t(3, 4), bools(3, 4), t(3, 4)),
+    op(aten.linalg_norm.default, t(3, 4), None, [1], True),
+    op(aten.linalg_norm.default, t(3, 4), None, [-2]),
+    op(aten.linalg_norm.default, t(3, 4), 1, [1]),
+    op(aten.linalg_norm.default, t(3, 4)),
+    op(aten.linalg_norm.ord_str, t(3, 4), "fro", [0, 1]),
+    op(aten.one_hot.default, ints(5, 4, 3), 6),
+    op(aten.histc.default, Recipe((7,), "single"), 4, 0, 3),
     op(aten.topk.default, t(6, 4, 3), 3, 0, False),
     op(aten.sort.default, t(4, 5)),
     op(aten.sort.default, t(4, 5), 0, True),
@@ -829,6 +838,25 @@ def _group_norm(a: Arguments, keep: Keep) -> list[Any]:
     return [_plain(_affine(out, shaped))]
 
 
+def _topk(a: Arguments, keep: Keep) -> list[Any]:
+    x = _kept_only(a, keep, "self")
+    order = np.argsort(-x.filled(-np.inf) if a["largest"] else x.filled(np.inf), axis=a["dim"], kind="stable")
+    best = np.take(order, range(a["k"]), axis=a["dim"])
+    return [np.take_along_axis(a["self"], best, a["dim"]), best]
+
+
+def _argmax(a: Arguments, keep: Keep) -> list[Any]:
+    return [np.argmax(_kept_only(a, keep, "self").filled(-np.inf), axis=a["dim"], keepdims=a["keepdim"])]
+
+
+def _argmin(a: Arguments, keep: Keep) -> list[Any]:
+    return [np.argmin(_kept_only(a, keep, "self").filled(np.inf), axis=a["dim"], keepdims=a["keepdim"])]
+
+
+def _cumsum(a: Arguments, keep: Keep) -> list[Any]:
+    return [np.cumsum(_kept_only(a, keep, "self").filled(0), axis=a["dim"])]
+
+
 REFERENCES: dict[Any, Callable[[Arguments, Keep], list[Any]]] = {
     aten.mean: _mean,
     aten.var: _variance,
@@ -843,4 +871,8 @@ REFERENCES: dict[Any, Callable[[Arguments, Keep], list[Any]]] = {
     aten.rms_norm: _rms_norm,
     aten._fused_rms_norm: _rms_norm,
     aten.group_norm: _group_norm,
+    aten.topk: _topk,
+    aten.argmax: _argmax,
+    aten.argmin: _argmin,
+    aten.cumsum: _cumsum,
 }

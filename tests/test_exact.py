@@ -36,7 +36,7 @@ def traced(model: nn.Module, **more: Tensor) -> tuple[GraphModule, Groups]:
 
 def some(group: PruneGroup, n: int | None = None) -> Tensor:
     """Random units to keep: half of them by default."""
-    return torch.randperm(group.size)[: n or max(1, group.size // 2)].sort().values
+    return torch.randperm(group.size)[: max(n or group.size // 2, group.least)].sort().values
 
 
 def prunable(groups: Groups) -> dict[str, PruneGroup]:

@@ -256,7 +256,7 @@ def test_scores_in_double_precision_keep_it() -> None:
         second.weight.zero_()
     gm = trace(nn.Sequential(first, second), (torch.randn(2, 2, dtype=torch.float64),))
     own = Criterion("signed", "sum w", lambda w, g: w, gradient=False, signed=True)
-    assert score(gm, find_groups(gm), criterion=own)["ffn"].tolist() == pytest.approx([1e-3, 4, 6], rel=1e-4)
+    assert score(gm, find_groups(gm), criterion=own)["other"].tolist() == pytest.approx([1e-3, 4, 6], rel=1e-4)
 
 
 @pytest.mark.parametrize("sweeps", [1, 3, 1000])
@@ -336,7 +336,7 @@ def test_sums_over_many_samples_of_a_half_precision_model_keep_the_later_ones() 
     one = {"input": torch.randn(1, 4).bfloat16()}
     many = {"input": one["input"].expand(300, 4)}
     options: dict[str, Any] = {"criterion": "taylor_mixed", "loss": lambda out, batch: out.float().square().sum()}
-    first, all_alike = (score(gm, find_groups(gm), calibration=[b], **options)["ffn"] for b in (one, many))
+    first, all_alike = (score(gm, find_groups(gm), calibration=[b], **options)["other"] for b in (one, many))
     torch.testing.assert_close(first, all_alike, rtol=1e-4, atol=0)
 
 

@@ -412,7 +412,7 @@ def test_layer_errors(coarse: Groups) -> None:
     )
     flat = find_groups(trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), (torch.randn(2, 3),)))
     assert error(flat) == "this model has no residual block that can be dropped whole"
-    assert error(flat, kinds=("hidden", "experts")) == "this model has no prunable group of kind hidden, experts; it has ffn"
+    assert error(flat, kinds=("hidden", "experts")) == "this model has no prunable group of kind hidden, experts; it has other"
 
 
 def test_out_of_reach(coarse: Groups) -> None:

@@ -49,6 +49,7 @@ class Family:
 # into rotary pairs (4, shared by all layers through the frequencies), what is not rotated, and the values' own width (8).
 _LLAMA = {"hidden": [48], "head_dim": [4, 8, 8], "kv_heads": [2, 2], "query_groups": [3, 3], "ffn": [64, 64]}
 _PLAIN = {"hidden": [48], "head_dim": [8, 8, 8, 8], "kv_heads": [6, 6], "ffn": [64, 64]}
+_MIXTURE = {**_LLAMA, "experts": [4, 4]}
 _WIDE = {**_PLAIN, "ffn": [192, 192]}
 
 ZOO = {
@@ -89,8 +90,8 @@ ZOO = {
     "gptj": Family("gptj", {**_GPT, "rotary_dim": 4}, {**_WIDE, "head_dim": [2, 2, 4, 4, 8, 8]}),
     "cohere": Family("cohere", _GROUPED, _LLAMA),
     "stablelm": Family("stablelm", {**_BASE, "num_key_value_heads": 2}, {**_LLAMA, "head_dim": [6, 6, 8, 8]}),
-    "mixtral": Family("mixtral", {**_GROUPED, "num_local_experts": 4}, _LLAMA),  # all experts of a layer share one width
-    "gpt_oss": Family("gpt_oss", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}, _LLAMA),
+    "mixtral": Family("mixtral", {**_GROUPED, "num_local_experts": 4}, _MIXTURE),  # all experts of a layer share one width
+    "gpt_oss": Family("gpt_oss", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}, _MIXTURE),
     "bert": Family("bert", _BASE, _PLAIN, {"ffn": [48, 64, 64]}, auto="AutoModelForMaskedLM"),  # its head has a hidden layer
 }
 

@@ -61,6 +61,11 @@ def load_source(source: str | os.PathLike[str], *, dtype: str | torch.dtype = "a
                 model: nn.Module = AutoModelForCausalLM.from_config(config)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=kind)
+    except ImportError as error:  # what a quantised checkpoint needs to be read
+        raise UsageError(
+            f"cannot load '{name}': {str(error).strip().splitlines()[0]}; quantised weights cannot be pruned: name the "
+            "checkpoint it was quantised from"
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         looked = "" if path.is_dir() else " (there is no such directory, and as a hub id it cannot be found)"
         kind_of = CheckpointError if isinstance(error, SafetensorError | RuntimeError) else UsageError

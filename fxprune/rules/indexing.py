@@ -1,4 +1,9 @@
-"""Operators that look up or order entries by number: the numbered dimension is pinned, the others pass."""
+"""Operators that look up or order entries by number: the numbered dimension is pinned, the others pass.
+
+Unless the numbers come from a top-k or an argmax over an axis: they then carry that axis (`Value.numbers`), and what they look up
+unifies with it. Once units are gone, the shorter top-k numbers what is left by itself: so whole experts go, router and weights
+together. Numbers that escape to anything else pin their axis.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,14 @@ from typing import Any
 
 import torch
 
-from ..spaces import Space, size_of
+from .. import spaces
+from ..spaces import Space, mark, size_of
 from .registry import Call, Resize, Spaces, Value, rule
 
 aten: Any = torch.ops.aten
 
 
-@rule(aten.select.int)
+@rule(aten.select.int, numbers="pass")
 def select(call: Call) -> Spaces:
     """One entry of a pinned dimension."""
     x, dim = call["self"], call["self"].axis(call["dim"])
@@ -30,7 +36,7 @@ def select_scatter(call: Call) -> Spaces:
     return x.dims  # type: ignore[no-any-return]
 
 
-@rule(aten.unbind)
+@rule(aten.unbind, numbers="pass")
 def unbind(call: Call) -> list[Spaces]:
     """Every entry of a pinned dimension."""
     x, dim = call["self"], call["self"].axis(call["dim"])
@@ -38,19 +44,21 @@ def unbind(call: Call) -> list[Spaces]:
     return [[*x[:dim], *x[dim + 1 :]] for _ in call.shapes]
 
 
-@rule(aten.index_select)
+@rule(aten.index_select, numbers="own")
 def index_select(call: Call) -> Spaces:
     """Entries by number along one dimension."""
     x, dim = call["self"], call["self"].axis(call["dim"])
-    call.pin(x[dim], "entries are selected by number")
+    call.look_up(x[dim], call["index"], "entries are selected by number")
+    call.number(x.numbers)
     return [*x[:dim], *(call["index"] or [call.fresh(1)]), *x[dim + 1 :]]
 
 
-@rule(aten.index)
+@rule(aten.index, numbers="own")
 def index(call: Call) -> Spaces:
     """Advanced indexing: indexed dimensions are pinned, index tensors broadcast, the rest pass."""
     x, indices = call["self"], list(call["indices"])
     masks = [n for n, i in enumerate(indices) if i is not None and _boolean(call, n)]
+    call.number(x.numbers)
     if masks:
         if len(masks) != sum(i is not None for i in indices) or len(masks) > 1:
             return call.give_up("boolean indices together with others")[0]
@@ -66,7 +74,9 @@ def index(call: Call) -> Spaces:
         call.notes["window"] = parts[1 if start else 0]
         return [*x[:dim], call.notes["window"], *x[dim + 1 :]]
     for d in indexed:
-        call.pin(x[d], "entries are looked up by number")
+        call.look_up(x[d], indices[d], "entries are looked up by number")
+        if x.weight and indices[d].numbers is not None:
+            mark(x[d], "experts")
     rank = max(len(indices[d]) for d in indexed)
     adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
     at = indexed[0] if adjacent else 0
@@ -142,22 +152,24 @@ def _boolean(call: Call, position: int) -> bool:
     return value is not None and value.dtype in (torch.bool, torch.uint8)
 
 
-@rule(aten.gather)
+@rule(aten.gather, numbers="own")
 def gather(call: Call) -> Spaces:
     """Numbered look-up along one dimension; the index gives the result its shape."""
     x, numbers = call["self"], call["index"]
     dim = x.axis(call["dim"])
     for d, (mine, theirs) in enumerate(zip(x, numbers, strict=True)):
         if d == dim:
-            call.pin(mine, "entries are looked up by number")
+            call.look_up(mine, numbers, "entries are looked up by number")
         else:
             _same_or_pin(call, mine, theirs)
+    call.number(x.numbers)
     return numbers.dims  # type: ignore[no-any-return]
 
 
-@rule(aten.scatter, aten.scatter_add, aten.scatter_reduce)
+@rule(aten.scatter, aten.scatter_add, aten.scatter_reduce, numbers="own")
 def scatter(call: Call) -> Spaces:
     """Entries written by number along one dimension."""
+    call.escape(*(t for t in (call["self"], call.get("src")) if isinstance(t, Value)))
     x, numbers, source = call["self"], call["index"], call.get("src")
     dim = x.axis(call["dim"])
     for d, space in enumerate(x):
@@ -167,7 +179,7 @@ def scatter(call: Call) -> Spaces:
                 call.pin(other, "entries are written by number")
             else:
                 _same_or_pin(call, space, other)
-    call.pin(x[dim], "entries are written by number")
+    call.look_up(x[dim], numbers, "entries are written by number")
     return x.dims  # type: ignore[no-any-return]
 
 
@@ -194,6 +206,18 @@ def _same_or_pin(call: Call, mine: Space, theirs: Space) -> None:
         call.pin(theirs, "only the first entries are taken")
 
 
+@rule(aten.masked_scatter)
+def masked_scatter(call: Call) -> Spaces:
+    """Entries under a mask replaced by another tensor's, in order; where the mask is the same all along a row, whole rows."""
+    x, mask, source = call["self"], call["mask"], call["source"]
+    rows = len(mask) > 0 and len(source) > 0 and size_of(mask[-1]) == 1 and size_of(x[-1]) == size_of(source[-1])
+    for space in (*x[: len(x) - rows], *source[: len(source) - rows], *mask):
+        call.pin(space, "entries are replaced by number")
+    if rows:
+        call.unify(x[-1], source[-1])
+    return x.dims  # type: ignore[no-any-return]
+
+
 @rule(aten.diff)
 def diff(call: Call) -> Spaces:
     """Neighbours along one dimension (pinned), with tensors put before and after."""
@@ -208,19 +232,97 @@ def diff(call: Call) -> Spaces:
     return ordered(call)  # type: ignore[no-any-return]
 
 
-@rule(aten.topk, aten.sort, aten.argsort, aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin)
+@rule(aten.topk, numbers="own")
+def topk(call: Call) -> Any:
+    """The largest k along one dimension: the indices number its units, of which k must stay."""
+    x, k = call["self"], call["k"]
+    if not len(x) or not isinstance(k, int):
+        return call.give_up("a top-k of a scalar, or of symbolic size")
+    dim = x.axis(call["dim"])
+    spaces.require(x[dim], k, f"all entries are taken at {call.why}")
+    mark(x[dim], "normalised")
+    call.number(x.numbers)
+    call.number(x[dim], output=1)
+    best = call.fresh(k, pin="numbers the entries taken")
+    return [[*x[:dim], best, *x[dim + 1 :]]] * 2
+
+
+@rule(aten.argmax, aten.argmin, numbers="own")
+def argmax(call: Call) -> Spaces:
+    """The number of the largest entry along one dimension."""
+    x, dim = call["self"], call["dim"]
+    call.escape(x)
+    if dim is None or not len(x):
+        for space in x:
+            call.pin(space, "the largest entry of all is found by number")
+        return [call.fresh(n) for n in call.shape]
+    at = x.axis(dim)
+    mark(x[at], "normalised")
+    call.number(x[at])
+    return [*x[:at], *([call.fresh(1)] if call["keepdim"] else []), *x[at + 1 :]]
+
+
+@rule(aten.one_hot, numbers="own")
+def one_hot(call: Call) -> Spaces:
+    """A new last dimension for what the entries number."""
+    x = call["self"]
+    made = x.numbers if x.numbers is not None and size_of(x.numbers) == call.shape[-1] else None
+    if made is None:
+        call.escape(x)
+    return [*x, call.fresh(call.shape[-1], pin="numbers classes") if made is None else made]
+
+
+@one_hot.resize
+def _one_hot(call: Resize) -> dict[str, Any]:
+    return (
+        {"num_classes": call.kept(call.outputs[0][-1])} if isinstance(call["num_classes"], int) and call["num_classes"] > 0 else {}
+    )
+
+
+@rule(aten.histc, numbers="own")
+def histc(call: Call) -> Spaces:
+    """How often each number occurs, with one bin for each: the bins are what the entries number."""
+    x, bins = call["input" if "input" in call.arguments else "self"], call["bins"]
+    if x.numbers is None or (size_of(x.numbers), call["min"], call["max"]) != (bins, 0, bins - 1):
+        return call.give_up("a histogram")[0]
+    call.tally = "counts"
+    return [x.numbers]
+
+
+@histc.resize
+def _histc(call: Resize) -> dict[str, Any]:
+    bins = call.kept(call.outputs[0][0])
+    return {"bins": bins, "max": bins - 1}
+
+
+@rule(aten.cumsum)
+def cumsum(call: Call) -> Spaces:
+    """Running sums: over the kept entries only."""
+    x = call["self"]
+    if len(x):
+        mark(x[call["dim"]], "normalised")
+    call.tally = "ends" if x.tally == "counts" else None
+    return x.dims  # type: ignore[no-any-return]
+
+
+@rule(aten.sort, aten.argsort, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin, numbers="own")
 def ordered(call: Call) -> Any:
-    """Position matters along one dimension (pinned)."""
+    """Position matters along one dimension (pinned). Renumbering keeps the order, so numbers may be sorted."""
     x = call["self"]
     if not len(x):
         return call.give_up("a scalar")[0]
+    packet = getattr(call.node.target, "overloadpacket", None)
+    if packet is aten.sort:
+        call.number(x.numbers)
+    elif packet is not aten.argsort:
+        call.escape(x)
     dim = x.axis(call["dim"])
     call.pin(x[dim], "position matters")
     outs = [[*x[:dim], call.fresh(s[dim], pin="position matters"), *x[dim + 1 :]] for s in call.shapes]
     return outs[0] if len(outs) == 1 else outs
 
 
-@rule(aten.flip, aten.roll)
+@rule(aten.flip, aten.roll, numbers="pass")
 def moved(call: Call) -> Spaces:
     """Entries change places along the given dimensions (pinned)."""
     x, dims = call["self"], call["dims"]

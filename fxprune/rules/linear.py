@@ -90,11 +90,15 @@ def grouped_mm(call: Call) -> Spaces:
     x, weight, *more = list(call.tensors())
     if len(x) != 2 or len(weight) != 3 or len(more) != 1:
         return call.give_up("a grouped matmul of another form")[0]
+    (ends,) = more
     call.unify(x[1], weight[1])
-    call.unify(weight[0], more[0][0])
-    call.pin(weight[0], "experts are chosen by number")
+    call.unify(weight[0], ends[0])
+    if ends.tally != "ends":
+        call.pin(weight[0], "rows are assigned to experts by number")
     call.pin(x[0], "rows are assigned to experts by number")
     mark(weight[0], "experts")
+    for space in (x[1], weight[2]):
+        mark(space, "aligned")
     return [x[0], weight[2]]
 
 
@@ -165,12 +169,13 @@ def _letters(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list
     return terms, [*spell("...", max(hidden)), *sorted(c for c in set(letters) if letters.count(c) == 1 and c[0] != ".")]
 
 
-@rule(aten.embedding)
+@rule(aten.embedding, numbers="own")
 def embedding(call: Call) -> Spaces:
     """Rows are looked up by number (pinned); the columns pass."""
     weight, indices = call["weight"], call["indices"]
-    call.pin(weight[0], "rows are looked up by number")
-    mark(weight[1], "embedding")
+    call.look_up(weight[0], indices, "rows are looked up by number")
+    if isinstance(weight.tensor, torch.nn.Parameter):
+        mark(weight[1], "embedding")
     return [*indices, weight[1]]
 
 

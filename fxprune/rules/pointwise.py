@@ -7,10 +7,34 @@ from typing import Any
 import sympy
 import torch
 
-from ..spaces import Size, Space, product
-from .registry import Call, Spaces, rule
+from ..spaces import Size, Space, mark, product, size_of
+from .registry import Call, Spaces, Value, rule
 
 aten: Any = torch.ops.aten
+
+_LINEAR = {
+    aten.add,
+    aten.sub,
+    aten.subtract,
+    aten.rsub,
+    aten.neg,
+    aten.negative,
+    aten.where,
+    aten.masked_fill,
+    aten.dropout,
+    aten.feature_dropout,
+    aten.alpha_dropout,
+    aten.native_dropout,
+    aten.div,
+    aten.divide,
+    aten.true_divide,
+    aten.floor_divide,
+    aten.pow,
+    aten.square,
+    aten.real,
+    aten.imag,
+}
+"""What leaves a low-rank product a low-rank product, or only measures its size."""
 
 
 @rule(
@@ -54,8 +78,22 @@ aten: Any = torch.ops.aten
 )
 def pointwise(call: Call) -> Any:
     """Broadcast-unify every operand."""
-    out = call.broadcast(list(call.tensors()), call.shape)
+    operands = list(call.tensors())
+    out = call.broadcast(operands, call.shape)
+    _tell(call, operands, out)
     return out if len(call.shapes) == 1 else [out for _ in call.shapes]
+
+
+def _tell(call: Call, operands: list[Value], out: Spaces) -> None:
+    """Mark the axes on which the layer between two matrices is not linear: by an activation, or one activation times another."""
+    packet = getattr(call.node.target, "overloadpacket", None)
+    if packet in _LINEAR:
+        return
+    factors = [x for x in operands if not x.weight] if packet in (aten.mul, aten.multiply) else []
+    for i, space in enumerate(out):
+        full = [x for x in factors if len(x) >= len(out) - i and size_of(x[i - len(out)]) == size_of(space)]
+        if packet not in (aten.mul, aten.multiply) or len(full) > 1:
+            mark(space, "activated")
 
 
 @rule(
@@ -66,19 +104,26 @@ def pointwise(call: Call) -> Any:
     aten.alias,
     aten.detach,
     aten.lift_fresh_copy,
-    aten.zeros_like,
-    aten.ones_like,
-    aten.full_like,
-    aten.empty_like,
     aten.type_as,
-    aten.fill,
     aten._conj,
     aten.resolve_conj,
     aten.resolve_neg,
+    numbers="own",
 )
 def identity(call: Call) -> Spaces:
-    """The first tensor's dimensions pass; a second one only lends its dtype or value."""
-    return next(call.tensors()).dims
+    """The first tensor's dimensions and entries pass; a second one only lends its dtype."""
+    x = next(call.tensors())
+    call.number(x.numbers)
+    call.tally = x.tally
+    return x.dims
+
+
+@rule(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.fill, numbers="own")
+def alike(call: Call) -> Spaces:
+    """A tensor of the first one's sizes; its entries do not matter."""
+    x, *value = call.tensors()
+    call.escape(*value)
+    return x.dims
 
 
 @rule(aten.copy)
@@ -108,6 +153,7 @@ def glu(call: Call) -> Spaces:
     aten.new_full,
     aten.new_empty,
     sizes="size",
+    numbers="own",
 )
 def constant(call: Call) -> Spaces:
     """One value everywhere: any size will do, and of a symbolic one (batch times heads) the number in front of it."""

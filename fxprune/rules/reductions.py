@@ -38,6 +38,13 @@ def total(call: Call) -> Any:
     return _collapse(call)
 
 
+@rule(aten.linalg_norm)
+def norm(call: Call) -> Any:
+    """The root of a sum of squares, of vectors or of whole matrices; any other norm is pinned."""
+    vectors = isinstance(call.get("dim"), int) or len(call.get("dim") or ()) == 1
+    return _collapse(call) if call["ord"] in (None, "fro") or (vectors and call["ord"] in (2, 2.0)) else extreme(call)
+
+
 @rule(aten.mean, aten.var, aten.std, aten.var_mean)
 def statistic(call: Call) -> Any:
     """Averages over an axis: marked normalised."""
@@ -47,7 +54,7 @@ def statistic(call: Call) -> Any:
     return out if len(call.shapes) == 1 else [out for _ in call.shapes]
 
 
-@rule(aten.max, aten.min, aten.amax, aten.amin, aten.prod, aten.any, aten.all, aten.argmax, aten.argmin, aten.logsumexp)
+@rule(aten.max, aten.min, aten.amax, aten.amin, aten.prod, aten.any, aten.all, aten.logsumexp)
 def extreme(call: Call) -> Any:
     """Reductions that a removed entry may decide: pinned."""
     if call.get("other") is not None:

@@ -38,12 +38,26 @@ class Value(Sequence[Space]):
         dims: One space a dimension.
         weight: True if the tensor is computed from parameters, buffers and constants alone.
         tensor: The tensor itself when it is a parameter, buffer or constant, else None.
+        numbers: The space whose indices the entries are, where they are the result of a top-k or an argmax: what is left of the
+            space renumbers them by itself. None for every other tensor.
+        tally: ``counts`` where the entries say how often each unit was numbered, ``ends`` for their running sums; a unit that is
+            gone was not numbered, and so counts nothing. None for every other tensor.
     """
 
-    def __init__(self, dims: Sequence[Space], *, weight: bool = False, tensor: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        dims: Sequence[Space],
+        *,
+        weight: bool = False,
+        tensor: torch.Tensor | None = None,
+        numbers: Space | None = None,
+        tally: str | None = None,
+    ) -> None:
         self.dims = list(dims)
         self.weight = weight
         self.tensor = tensor
+        self.numbers = numbers
+        self.tally = tally
 
     def __getitem__(self, index: Any) -> Any:
         return self.dims[index]
@@ -72,6 +86,7 @@ class Rule:
     name: str
     propagate: Propagate
     resizer: Resizer | None = None
+    numbers: str = "escape"
 
     def resize(self, function: Resizer) -> Resizer:
         """Decorator: attach the resize half. It is not asked about calls that gave up: those stay as they are."""
@@ -87,20 +102,22 @@ _RULES: dict[Any, Rule] = {}
 _GIVEN_UP = "given up"
 
 
-def rule(*targets: Any, sizes: str | None = None) -> Callable[[Propagate], Rule]:
+def rule(*targets: Any, sizes: str | None = None, numbers: str = "escape") -> Callable[[Propagate], Rule]:
     """Register a rule for operators, custom ones included; a later rule for the same operator replaces an earlier one.
 
     Args:
         *targets: `torch.ops` overloads (``torch.ops.aten.mm.default``), packets (``torch.ops.aten.mm``: every overload), or names
             (``"mylib::scaled_add"``: every overload of an operator that another library defines when it is imported).
         sizes: Name of an argument that lists the output's sizes (as in ``view``); it is then resized by itself.
+        numbers: What becomes of tensors whose entries number the units of an axis (`Value.numbers`): ``escape`` pins that axis,
+            ``pass`` hands entries on unchanged, ``own`` leaves it to the rule (`Call.number`, `Call.look_up`).
 
     Returns:
         A decorator that turns the propagate half into a `Rule`; its ``.resize`` attaches the other half.
     """
 
     def register(function: Propagate) -> Rule:
-        made = Rule(function.__name__, function, _follow_output(sizes) if sizes else None)
+        made = Rule(function.__name__, function, _follow_output(sizes) if sizes else None, numbers)
         for target in targets:
             _RULES[target] = made
         return made
@@ -131,12 +148,16 @@ class Call:
         arguments: Arguments by schema name: tensors as `Value`, symbolic ints as sympy expressions, the rest as they are.
         shapes: Sizes of each output tensor.
         notes: Spaces that the propagate half leaves for the resize half, by any name.
+        numbered: For outputs whose entries number the units of a space, that space.
+        tally: What the output is in terms of `Value.tally`.
     """
 
     node: Node
     arguments: dict[str, Any]
     shapes: list[list[Size]]
     notes: dict[str, Space] = field(default_factory=dict)
+    numbered: dict[int, Space] = field(default_factory=dict)
+    tally: str | None = None
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -169,6 +190,25 @@ class Call:
         spaces.pin(space, f"{reason} at {self.why}")
         return space
 
+    def number(self, space: Space | None, output: int = 0) -> None:
+        """Say that the entries of an output are indices into a space (or, given None, that they are not)."""
+        if space is not None:
+            self.numbered[output] = space
+
+    def look_up(self, space: Space, numbers: Value, reason: str) -> None:
+        """Entries of a dimension are looked up (or written) by number: its space is what they number, else it is pinned."""
+        if numbers.numbers is not None and spaces.size_of(numbers.numbers) == spaces.size_of(space):
+            self.unify(space, numbers.numbers)
+        else:
+            self.escape(numbers)
+            self.pin(space, reason)
+
+    def escape(self, *values: Value) -> None:
+        """Numbers are used for something that a renumbering would change: what they number is pinned."""
+        for value in values:
+            if value.numbers is not None:
+                self.pin(value.numbers, "its units are told apart by number")
+
     def fresh(self, size: Size, *, pin: str | None = None, mark: str | None = None) -> Space:
         """A new space for a dimension that this call creates."""
         return spaces.fresh(size, pin=f"{pin} at {self.why}" if pin else None, mark=mark)
@@ -200,6 +240,9 @@ class Call:
         for value in self.tensors():
             for space in value:
                 self.pin(space, reason)
+            self.escape(value)
+        self.numbered.clear()
+        self.tally = None
         self.notes[_GIVEN_UP] = spaces.ONE
         return [[self.fresh(n, pin=reason) for n in shape] for shape in self.shapes]
 

@@ -14,6 +14,9 @@ from .registry import Call, Resize, Spaces, Value, rule
 
 aten: Any = torch.ops.aten
 
+OF_ANY_STRIDE = {aten.view.default: aten.reshape.default, aten.view_as.default: aten.reshape_as.default}
+"""What views become where activations may be laid out otherwise than in the dense model, which a slice of weights can do."""
+
 
 def segments(old: Sequence[Size], new: Sequence[Size]) -> Iterator[tuple[slice, slice]]:
     """Cut two shapes of equal volume into the smallest runs of equal product: what a view regroups.
@@ -79,7 +82,7 @@ def regroup(call: Call, dims: Sequence[Space], shape: Sequence[Size]) -> Spaces:
     return out
 
 
-@rule(aten.view.default, aten.reshape, aten._unsafe_view, sizes="size")
+@rule(aten.view.default, aten.reshape, aten._unsafe_view, sizes="size", numbers="pass")
 def view(call: Call) -> Spaces:
     """Minimal segments of equal product unify as row-major Products."""
     return regroup(call, call["self"].dims, call.shape)
@@ -91,20 +94,20 @@ def _view(call: Resize) -> dict[str, Any]:
     return {name: [call.size(n, s) for n, s in zip(call[name], call.outputs[0], strict=True)]}
 
 
-@rule(aten.flatten.using_ints, aten.ravel)
+@rule(aten.flatten.using_ints, aten.ravel, numbers="pass")
 def flatten(call: Call) -> Spaces:
     """A view whose sizes follow from its input."""
     return regroup(call, call["self"].dims, call.shape)
 
 
-@rule(aten.view_as, aten.reshape_as)
+@rule(aten.view_as, aten.reshape_as, numbers="pass")
 def view_as(call: Call) -> Spaces:
     """A view whose sizes follow from another tensor."""
     out = regroup(call, call["self"].dims, call.shape)
     return [call.unify(mine, theirs) for mine, theirs in zip(out, call["other"], strict=True)]
 
 
-@rule(aten.unflatten.int, sizes=None)
+@rule(aten.unflatten.int, sizes=None, numbers="pass")
 def unflatten(call: Call) -> Spaces:
     """A view of one dimension."""
     return regroup(call, call["self"].dims, call.shape)
@@ -117,7 +120,7 @@ def _unflatten(call: Resize) -> dict[str, Any]:
     return {"sizes": [call.size(n, s) for n, s in zip(call["sizes"], made, strict=False)]}
 
 
-@rule(aten.transpose.int, aten.swapaxes, aten.swapdims)
+@rule(aten.transpose.int, aten.swapaxes, aten.swapdims, numbers="pass")
 def transpose(call: Call) -> Spaces:
     """Two dimensions trade places."""
     x = call["self"]
@@ -128,7 +131,7 @@ def transpose(call: Call) -> Spaces:
     return dims
 
 
-@rule(aten.t, aten.numpy_T, aten.mT, aten.adjoint, aten.mH)
+@rule(aten.t, aten.numpy_T, aten.mT, aten.adjoint, aten.mH, numbers="pass")
 def turned(call: Call) -> Spaces:
     """Reversed dimensions (``t``, ``.T``), or the last two swapped (``.mT``)."""
     x = call["self"]
@@ -137,13 +140,13 @@ def turned(call: Call) -> Spaces:
     return [*x[:-2], x[-1], x[-2]]
 
 
-@rule(aten.permute)
+@rule(aten.permute, numbers="pass")
 def permute(call: Call) -> Spaces:
     """Reordered dimensions."""
     return [call["self"][d] for d in call["dims"]]
 
 
-@rule(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
+@rule(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist, numbers="pass")
 def movedim(call: Call) -> Spaces:
     """Dimensions moved to other places."""
     x = call["self"]
@@ -153,7 +156,7 @@ def movedim(call: Call) -> Spaces:
     return [x[moved[i]] if i in moved else x[next(rest)] for i in range(len(x))]
 
 
-@rule(aten.unsqueeze)
+@rule(aten.unsqueeze, numbers="pass")
 def unsqueeze(call: Call) -> Spaces:
     """A new dimension of size 1."""
     x, dim = call["self"], call["dim"]
@@ -161,7 +164,7 @@ def unsqueeze(call: Call) -> Spaces:
     return [*x[:at], ONE, *x[at:]]
 
 
-@rule(aten.squeeze)
+@rule(aten.squeeze, numbers="pass")
 def squeeze(call: Call) -> Spaces:
     """Dimensions of size 1 go away; which ones is fixed by the dense model."""
     x = call["self"]
@@ -183,7 +186,7 @@ def _vanishing(x: Value, dim: int | Sequence[int] | None) -> list[int]:
     return [i for i, size in enumerate(x.shape) if i in named and size == 1]
 
 
-@rule(aten.expand, aten.broadcast_to, sizes="size")
+@rule(aten.expand, aten.broadcast_to, sizes="size", numbers="pass")
 def expand(call: Call) -> Spaces:
     """A broadcast dimension becomes a new axis: this is how the query groups of GQA appear."""
     x = call["self"]
@@ -195,13 +198,13 @@ def expand(call: Call) -> Spaces:
     return out
 
 
-@rule(aten.expand_as)
+@rule(aten.expand_as, numbers="pass")
 def expand_as(call: Call) -> Spaces:
     """Broadcast to another tensor's shape, which the result follows."""
     return call.broadcast([call["self"], call["other"]], call.shape)
 
 
-@rule(aten.repeat)
+@rule(aten.repeat, numbers="pass")
 def repeat(call: Call) -> Spaces:
     """Tiles: Product(new, old)."""
     x, times = call["self"], call["repeats"]
@@ -216,7 +219,7 @@ def _repeat(call: Resize) -> dict[str, Any]:
     return {"repeats": [call.size(n, call.notes[f"tiles {i}"]) for i, n in enumerate(call["repeats"])]}
 
 
-@rule(aten.repeat_interleave.self_int)
+@rule(aten.repeat_interleave.self_int, numbers="pass")
 def repeat_interleave(call: Call) -> Spaces:
     """Each entry several times: Product(old, new). Without a dimension, of the flattened tensor."""
     x, dim = call["self"], call["dim"]
@@ -248,7 +251,7 @@ def _window(call: Any, x: Any) -> tuple[int, int, int, int] | None:
     return begin, max(begin, stop), step, size
 
 
-@rule(aten.slice.Tensor)
+@rule(aten.slice.Tensor, numbers="pass")
 def slice_(call: Call) -> Spaces:
     """A window is one part of a Concat; every k-th entry is the outer factor of Product(n/k, k)."""
     x = call["self"]
@@ -311,7 +314,7 @@ def slice_scatter(call: Call) -> Spaces:
 slice_scatter.resize(_slice)
 
 
-@rule(aten.narrow.default)
+@rule(aten.narrow.default, numbers="pass")
 def narrow(call: Call) -> Spaces:
     """A window by start and length."""
     x = call["self"]
@@ -335,7 +338,15 @@ def _narrow(call: Resize) -> dict[str, Any]:
     return {"start": call.kept(call.notes["before"]) if "before" in call.notes else 0, "length": call.kept(call.outputs[0][dim])}
 
 
-@rule(aten.split.Tensor, aten.split_with_sizes, aten.split.sizes, aten.chunk, aten.unsafe_split.Tensor, aten.tensor_split.sections)
+@rule(
+    aten.split.Tensor,
+    aten.split_with_sizes,
+    aten.split.sizes,
+    aten.chunk,
+    aten.unsafe_split.Tensor,
+    aten.tensor_split.sections,
+    numbers="pass",
+)
 def split(call: Call) -> list[Spaces]:
     """Consecutive pieces: the parts of a Concat."""
     x = call["self"]
@@ -360,7 +371,7 @@ def _split(call: Resize) -> dict[str, Any]:
     return {}
 
 
-@rule(aten.cat, aten.concat.default, aten.concatenate.default)
+@rule(aten.cat, aten.concat.default, aten.concatenate.default, numbers="pass")
 def cat(call: Call) -> Spaces:
     """One after another: a Concat; the other dimensions unify."""
     operands = [t for t in call["tensors"] if not (len(t) == 1 and len(call.shape) > 1)]
@@ -379,7 +390,7 @@ def cat(call: Call) -> Spaces:
     return out
 
 
-@rule(aten.stack)
+@rule(aten.stack, numbers="pass")
 def stack(call: Call) -> Spaces:
     """A new dimension that numbers the operands (pinned); theirs unify."""
     dim = call["dim"] + len(call.shape) if call["dim"] < 0 else call["dim"]
@@ -393,6 +404,14 @@ def view_as_complex(call: Call) -> Spaces:
     x = call["self"]
     call.pin(x[-1], "real and imaginary part")
     return x[:-1]  # type: ignore[no-any-return]
+
+
+@view_as_complex.resize
+def _view_as_complex(call: Resize) -> dict[str, Any]:
+    """A slice of weights can leave activations with strides that this view does not take."""
+    with call.node.graph.inserting_before(call.node):
+        whole = call.node.graph.call_function(aten.clone.default, (call["self"],), {"memory_format": torch.contiguous_format})
+    return {"self": whole}
 
 
 @rule(aten.view_as_real)

@@ -1,0 +1,1 @@
+"""Tiny random models of what transformers ships: shrunk configurations, example inputs, and the list of types."""
