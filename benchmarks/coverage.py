@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import fxprune
+from benchmarks import coverage_table
+from benchmarks.common import RESULTS, header, write
 from benchmarks.zoo import inputs as zoo_inputs
 from benchmarks.zoo import types as zoo_types
 from fxprune.capture import quiet
@@ -54,14 +56,17 @@ def examine(task: str, model_type: str, *, seeds: int = 2, save: bool = True) ->
     yield row
     start = time.perf_counter()
     model = zoo_types.build(task, model_type)
-    row |= {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters()), "stage": "trace"}
+    row |= {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters()), "stage": "run"}
     yield row
-    gm = fxprune.trace(model, zoo_inputs.example(task, model, zoo_inputs.TRACED))
+    traced = zoo_inputs.example(task, model, zoo_inputs.TRACED)
+    with quiet(model), torch.no_grad():
+        model(**traced)
+    row["stage"] = "trace"
+    yield row
+    gm = fxprune.trace(model, traced)
     shapes = [_shape(node) for node in gm.graph.nodes if node.op == "placeholder"]
-    symbolic = [
-        any(isinstance(n, torch.SymInt) and not n.node.expr.is_number for shape in shapes for n in shape[dim : dim + 1])
-        for dim in (0, 1)
-    ]
+    free = [[isinstance(n, torch.SymInt) and not n.node.expr.is_number for n in shape] for shape in shapes if shape]
+    symbolic = [all(dims[0] for dims in free), any(dims[1] for dims in free if len(dims) > 1)]
     inputs, actual = _elsewhere(task, model, gm, symbolic)
     row |= {"symbolic": symbolic, "trace_s": round(time.perf_counter() - start, 1), "stage": "compare"}
     yield row
@@ -280,10 +285,22 @@ def summary_line(row: Mapping[str, Any]) -> str:
         return f"{row['task']} {row['type']}: failed at {row['stage']}: {row['error'][:150]}"
     kinds = " ".join(f"{n} {k}" for k, n in row["groups"].items())
     wrong = f" WRONG {len(row['wrong'])}" if row["wrong"] else ""
-    return (
-        f"{row['task']} {row['type']}: {row['share']:.0%} ({row['share_without_hidden']:.0%}) {kinds}; {row['checks']} checks{wrong}, worst "
-        f"{max(row['worst'].values()):.0e}; {row.get('form', '-')}; {row['seconds']:.0f} s"
-    )
+    shares = f"{row['share']:.0%} ({row['share_without_hidden']:.0%})"
+    checks = f"{row['checks']} checks{wrong}, worst {max(row['worst'].values()):.0e}"
+    return f"{row['task']} {row['type']}: {shares} {kinds}; {checks}; {row.get('form', '-')}; {row['seconds']:.0f} s"
+
+
+def _write_tables(arguments: argparse.Namespace) -> None:
+    rows = coverage_table.read(ROWS, zoo_types.TASKS)
+    arguments.seed, arguments.threads, arguments.repeats = 0, 1, arguments.seeds
+    made = {**header(arguments), "command": "python -m benchmarks.coverage"}
+    write(RESULTS / "coverage.json", {**made, "tolerance": TOLERANCE, "summary": coverage_table.summary(rows), "models": rows})
+    measured = RESULTS / "coverage_torch_pruning.json"
+    theirs = json.loads(measured.read_text())["models"] if measured.exists() else []
+    others = {f"{row['task']}.{row['type']}": row for row in theirs}
+    document = Path(__file__).parents[1] / "docs" / "coverage.md"
+    document.write_text(coverage_table.markdown(made, rows, others))
+    print(document)
 
 
 def main() -> None:
@@ -296,7 +313,11 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, help="seconds for one model (default: 300)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="models at a time (default: all cores)")
     parser.add_argument("--again", action="store_true", help="run models that have a row already")
+    parser.add_argument("--table", action="store_true", help="run nothing: write the documents from the rows that are there")
     arguments = parser.parse_args()
+    if arguments.table:
+        _write_tables(arguments)
+        return
     index, parts = map(int, arguments.shard.split("/"))
     jobs = [
         (task, name)

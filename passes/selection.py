@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
@@ -288,7 +289,7 @@ def _lanes(groups: Groups, chosen: Selection) -> list[_Lane]:
         if not groups.blocks:
             raise UsageError("this model has no residual block that can be dropped whole")
         blocks, n = _open_blocks(groups, chosen), len(groups.blocks)
-        room = min(len(blocks), n - _least(n, chosen.floor))
+        room = sum(_room(groups, blocks, chosen).values())
         lanes["", 0] = _Lane(LAYERS, blocks, n, range(n - 1, n - room - 1, -1))
     return list(lanes.values())
 
@@ -328,16 +329,32 @@ def _open_blocks(groups: Groups, chosen: Selection) -> list[str]:
     return [p for p in groups.blocks if (layer_of(p) or 0) not in guarded and not any(_inside(n, p) for n in kept)]
 
 
+def _stack(block: str) -> str:
+    """The list that a block is an entry of."""
+    return block.rpartition(".")[0]
+
+
+def _room(groups: Groups, blocks: Sequence[str], chosen: Selection) -> dict[str, int]:
+    """How many blocks of each stack may go: an encoder and a decoder each keep their share, and one block at the least."""
+    every, free = (Counter(map(_stack, paths)) for paths in (groups.blocks, blocks))
+    return {stack: min(free[stack], n - _least(n, chosen.floor)) for stack, n in every.items()}
+
+
 def _ranked_blocks(groups: Groups, chosen: Selection, block_scores: Mapping[str, float] | None) -> list[str]:
     """Blocks in the order in which they go: least important first, or from the end."""
     blocks = _open_blocks(groups, chosen)
-    if block_scores is None:
-        return blocks[::-1]
-    if chosen.pace.get(LAYERS, 0) > 0:
+    if block_scores is not None and chosen.pace.get(LAYERS, 0) > 0:
         for path in blocks:
             if path not in block_scores:
                 raise UsageError(f"there is no score for block '{path}'; give one for each, or none")
-    return sorted(blocks, key=lambda p: block_scores.get(p, 0.0))
+    ranked = blocks[::-1] if block_scores is None else sorted(blocks, key=lambda p: block_scores.get(p, 0.0))
+    room = _room(groups, blocks, chosen)
+    first: list[str] = []
+    rest: list[str] = []
+    for path in ranked:  # those that their stack cannot spare come last, out of reach
+        room[_stack(path)] -= 1
+        (first if room[_stack(path)] >= 0 else rest).append(path)
+    return first + rest
 
 
 def _steps(groups: Groups, lanes: Sequence[_Lane], chosen: Selection, scores: Mapping[str, Tensor]) -> Whole:

@@ -196,9 +196,11 @@ class _Reference(Interpreter):
     def run_node(self, n: Node) -> Any:
         out = self._run(n)
         if getattr(n.target, "overloadpacket", None) in _UNDEFINED_AT_ZERO and isinstance(out, Tensor):
-            removed = _joint(out, list(range(out.dim())), self.groups.inference.values[n.name], self.keep_mask)
-            if removed is not None:  # 0 / 0 where a unit is gone must not spread
-                return out.masked_fill(~removed & ~out.isfinite(), 0)
+            value = self.groups.inference.values[n.name]
+            static = [d for d, space in enumerate(value) if isinstance(size_of(space), int)]
+            kept_only = _joint(out, static, value, self.keep_mask)
+            if kept_only is not None:  # 0 / 0 where a unit is gone must not spread
+                return out.masked_fill(~kept_only & ~out.isfinite(), 0)
         return out
 
     def _run(self, n: Node) -> Any:
@@ -375,6 +377,21 @@ def _group_norm(_: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: Mask
     return out if a["bias"] is None else out + a["bias"].view(shape)
 
 
+def _batch_norm(_: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
+    """In training mode, as weights are standardised: statistics of each channel over what is kept of all else."""
+    x = a["input"]
+    dims = [d for d in range(x.dim()) if d != 1]
+    mask = _joint(x, dims, spaces["input"], mask_of) if a.get("training") else None
+    if mask is None:
+        return None
+    n = _count(x, dims, mask)
+    centred = x - (x * mask).sum(dims, keepdim=True) / n
+    out = centred * mask * torch.rsqrt((centred.pow(2) * mask).sum(dims, keepdim=True) / n + a["eps"])
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    out = out if a["weight"] is None else out * a["weight"].view(shape)
+    return out if a["bias"] is None else out + a["bias"].view(shape)
+
+
 def _contraction(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
     """Contract over the kept units only: entries that a zeroed parameter does not silence must not count.
 
@@ -431,6 +448,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.layer_norm: _layer_norm,
     aten.rms_norm: _layer_norm,
     aten.group_norm: _group_norm,
+    aten.batch_norm: _batch_norm,
     aten.topk: _best,
     aten.argmax: _best,
     aten.argmin: _best,

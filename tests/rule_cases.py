@@ -838,6 +838,14 @@ def _group_norm(a: Arguments, keep: Keep) -> list[Any]:
     return [_plain(_affine(out, shaped))]
 
 
+def _batch_norm(a: Arguments, keep: Keep) -> list[Any]:
+    x = _kept_only(a, keep, "input")
+    over: dict[str, Any] = {"axis": tuple(d for d in range(x.ndim) if d != 1), "keepdims": True}
+    out = (x - np.ma.mean(x, **over)) / np.ma.sqrt(np.ma.var(x, **over) + a["eps"])
+    shaped = {n: a[n].reshape(1, -1, *[1] * (x.ndim - 2)) for n in ("weight", "bias") if a.get(n) is not None}
+    return [_plain(_affine(out, shaped))]
+
+
 def _topk(a: Arguments, keep: Keep) -> list[Any]:
     x = _kept_only(a, keep, "self")
     order = np.argsort(-x.filled(-np.inf) if a["largest"] else x.filled(np.inf), axis=a["dim"], kind="stable")
@@ -871,6 +879,7 @@ REFERENCES: dict[Any, Callable[[Arguments, Keep], list[Any]]] = {
     aten.rms_norm: _rms_norm,
     aten._fused_rms_norm: _rms_norm,
     aten.group_norm: _group_norm,
+    aten.batch_norm: _batch_norm,
     aten.topk: _topk,
     aten.argmax: _argmax,
     aten.argmin: _argmin,

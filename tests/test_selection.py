@@ -594,3 +594,34 @@ def test_speed_on_thirty_layers() -> None:
             plan = select(groups, scores, ratio=0.2, widths=widths, ranking=ranking)
             assert plan.recipe["removed"] == pytest.approx(0.2, abs=1e-3)
     assert time.perf_counter() - start < 8
+
+
+def test_every_stack_keeps_a_block() -> None:
+    """An encoder and a decoder of residual blocks: neither may go as a whole, however little it matters."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(torch.relu(self.up(x)))
+
+    class Stacks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.ModuleList(Block() for _ in range(3))
+            self.decoder = nn.ModuleList(Block() for _ in range(3))
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in (*self.encoder, *self.decoder):
+                x = block(x)
+            return self.head(x)
+
+    groups = find_groups(trace(Stacks(), (torch.randn(2, 6),)))
+    assert len(groups.blocks) == 6
+    worthless = {path: float(path.startswith("decoder")) for path in groups.blocks}
+    plan = select(groups, {}, units=0.6, kinds="layers", block_scores=worthless)
+    assert len(plan.drop) == 4
+    assert {path.split(".")[0] for path in set(groups.blocks) - set(plan.drop)} == {"encoder", "decoder"}

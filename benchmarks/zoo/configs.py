@@ -61,6 +61,9 @@ SPECIAL = {
     "cls_token_id": 1,
     "mask_token_id": 3,
     "eod_token_id": 2,
+    "image_token_id": 4,
+    "image_token_index": 4,
+    "video_token_id": 3,
 }
 LAYERS = "num_hidden_layers"
 
@@ -94,7 +97,7 @@ def shrink(default: Mapping[str, Any]) -> dict[str, Any]:
         while len(chosen) < 2:
             chosen.append(chosen[-1])
         small[LAYERS] = len(chosen)
-        small |= {k: [copy.deepcopy(v[i]) for i in chosen] for k, v in per_layer.items()}
+        small |= {k: [SIZES[k] if k in SIZES else copy.deepcopy(v[i]) for i in chosen] for k, v in per_layer.items()}
     return small
 
 
@@ -110,9 +113,9 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "bit": {**_BOTTLENECKS, "embedding_size": 16, "num_groups": 8},
     "convnext": {**_STAGES, "patch_size": 4},
     "convnextv2": {**_STAGES, "patch_size": 4},
-    "cvt": {"embed_dim": [16, 24, 48], "num_heads": [1, 3, 6], "depth": [1, 1, 1]},
+    "cvt": {"embed_dim": [16, 24, 48], "num_heads": [1, 3, 6], "depth": [1, 2, 3]},
     "donut-swin": _WINDOWS,
-    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 48, "image_size": 64},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320, "image_size": 64},
     "focalnet": {"embed_dim": 16, "hidden_sizes": [32, 64, 128, 128], "depths": [1, 1, 1, 1], "patch_size": 4},
     "hiera": {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4]},
     "levit": {
@@ -136,6 +139,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "regnet": {**_STAGES, "embedding_size": 16, "groups_width": 8},
     "resnet": _BOTTLENECKS,
     "segformer": _ATTENTION_STAGES,
+    "squeezebert": {"num_attention_heads": 4},
     "swiftformer": {"embed_dims": [16, 24, 40, 56], "depths": [1, 1, 1, 1]},
     "swin": _WINDOWS,
     "swinv2": _WINDOWS,
@@ -149,6 +153,8 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots3_note": {"adapter_in_dim": 48, "text_config": {"head_dim": 12, "per_layer_config": {}}},
     "dots3_note_text": {"head_dim": 12, "per_layer_config": {}},
+    "esm": {"vocab_size": VOCABULARY},
+    "esmc": {"num_key_value_heads": 6},
     "falcon_h1": {"mamba_d_ssm": 96, "mamba_n_heads": 6, "mamba_d_head": 16},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "got_ocr2": {"vision_config": {"output_channels": 16}},
@@ -163,6 +169,13 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 6, "head_dim": 16, "n_groups": 2},
     "mimo_v2_flash": {"num_attention_heads": 8},
+    "mpnet": {"relative_attention_num_buckets": 32},
+    "masked.reformer": {
+        "is_decoder": False,
+        "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [16, 32],
+        "attn_layers": ["local", "lsh"],
+    },
     "moshi": {"audio_vocab_size": 64, "audio_encoder_config": {"codebook_size": 64}},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"mamba_num_heads": 6, "n_groups": 2},
@@ -178,6 +191,8 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 6,
         "n_mamba_heads": 2,
     },
+    "wav2vec2-bert": {"vocab_size": VOCABULARY},
+    "wav2vec2-conformer": {"vocab_size": VOCABULARY},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {
         "n_mamba_heads": 6,
@@ -192,11 +207,11 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
 """What a type needs beyond small sizes, mostly where one size must be a product of others."""
 
 
-def tiny(model_type: str) -> Any:
-    """The tiny configuration of a model type."""
+def tiny(model_type: str, task: str = "") -> Any:
+    """The tiny configuration of a model type, for a task where that makes a difference."""
     from transformers import AutoConfig
 
-    corrections = CORRECTIONS.get(model_type, {})
+    corrections = CORRECTIONS.get(f"{task}.{model_type}", CORRECTIONS.get(model_type, {}))
     try:
         default = AutoConfig.for_model(model_type).to_dict()
     except ValueError:  # its defaults do not go together

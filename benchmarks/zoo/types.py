@@ -38,13 +38,19 @@ def build(task: str, model_type: str, seed: int = 0) -> nn.Module:
         seed: Of the weights.
     """
     import transformers
+    from transformers.models.auto import modeling_auto
 
     torch.manual_seed(seed)
-    model: Any = getattr(transformers, TASKS[task][0]).from_config(tiny(model_type))
+    auto, table = TASKS[task]
+    config = tiny(model_type, task)
+    classes = getattr(modeling_auto, table)[model_type]
+    if not isinstance(classes, str):  # several: the configuration says which
+        config.architectures = [classes[0]]
+    model: Any = getattr(transformers, auto).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() < 2:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
-                parameter.copy_(torch.randn_like(parameter) * min(0.3, (parameter[0].numel() or 1) ** -0.5))
+                parameter.copy_(torch.randn_like(parameter) * min(0.3, max(parameter[0].numel(), 1) ** -0.5))
     return model.eval()  # type: ignore[no-any-return]

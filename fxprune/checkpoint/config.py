@@ -45,13 +45,12 @@ def solve_config(model: nn.Module, groups: Groups, plan: PrunePlan) -> Any:
     """
     if hasattr(model.config, "fxprune"):
         raise Unsolved("the model itself has the per-layer form")
-    widths: dict[str, set[int]] = {}
+    widths: dict[tuple[str, int], set[int]] = {}  # dense and mixture layers may differ in the dense model already
     for group in groups.values():
         if not any(group.name.startswith(f"{path}.") for path in plan.drop):
-            widths.setdefault(group.family, set()).add(len(plan.keep[group.name]) if group.name in plan.keep else group.size)
-    uneven = [
-        f for f, sizes in widths.items() if len(sizes) > 1 and any(g.family == f and g.name in plan.keep for g in groups.values())
-    ]
+            kept = len(plan.keep[group.name]) if group.name in plan.keep else group.size
+            widths.setdefault((group.family, group.size), set()).add(kept)
+    uneven = [family for (family, _), sizes in widths.items() if len(sizes) > 1]
     if uneven:
         raise Unsolved(f"widths differ between layers ({uneven[0]})")
     drop = dropped_entries(plan)
@@ -59,7 +58,7 @@ def solve_config(model: nn.Module, groups: Groups, plan: PrunePlan) -> Any:
     config = copy.deepcopy(model.config)
     shorten_config(config, {"drop": drop, "lengths": {p: len(list(model.get_submodule(p).children())) for p in drop}})
     options = dict(_options(config, groups, plan))
-    chosen: dict[str, int] = {}
+    chosen: dict[str, Any] = {}
     best, problem = _mismatches(model, config, chosen, wanted)
     refusal = ""
     flat = [(key, value) for key, values in options.items() for value in values]
@@ -107,8 +106,8 @@ def _parts(config: Any) -> list[Any]:
     return [config, *nested]
 
 
-def _options(config: Any, groups: Groups, plan: PrunePlan) -> Iterator[tuple[str, list[int]]]:
-    """Integer fields (dotted when nested) with the values they might have to take."""
+def _options(config: Any, groups: Groups, plan: PrunePlan) -> Iterator[tuple[str, list[Any]]]:
+    """Integer fields, and lists of integers, (dotted when nested) with the values they might have to take."""
     pairs = {pair for found in quantities(groups, plan).values() for pair in found}
     before = {b: sorted({a for x, a in pairs if x == b}) for b, _ in pairs}
     for index, part in enumerate(_parts(config)):
@@ -116,6 +115,8 @@ def _options(config: Any, groups: Groups, plan: PrunePlan) -> Iterator[tuple[str
         for key, value in vars(part).items():
             if isinstance(value, int) and not isinstance(value, bool) and value in before:
                 yield prefix + key, before[value]
+            elif isinstance(value, list) and all(type(n) is int for n in value) and any(n in before for n in value):
+                yield prefix + key, [[before[n][0] if n in before else n for n in value]]
         if getattr(part, "head_dim", None) is None:  # many classes derive it unless it is said
             width = _derived_head_dim(part)
             if width:
@@ -143,7 +144,7 @@ def _derived_head_dim(part: Any) -> int | None:
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
 
 
-def _with(config: Any, chosen: Mapping[str, int]) -> Any:
+def _with(config: Any, chosen: Mapping[str, Any]) -> Any:
     made = copy.deepcopy(config)
     for key, value in chosen.items():
         *path, leaf = key.split(".")
@@ -154,7 +155,7 @@ def _with(config: Any, chosen: Mapping[str, int]) -> Any:
     return made
 
 
-def _mismatches(model: nn.Module, config: Any, chosen: Mapping[str, int], wanted: Mapping[str, tuple[int, ...]]) -> tuple[int, str]:
+def _mismatches(model: nn.Module, config: Any, chosen: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> tuple[int, str]:
     """How many parameters of a stock model of this configuration have another shape, and why it was refused if it was."""
     try:
         made = _with(config, chosen)

@@ -124,7 +124,7 @@ def batch_norm(call: Call) -> Any:
             call.unify(x[1], call[name][0])
     if call.get("training"):
         for space in (x[0], *x[2:]):
-            call.pin(space, "statistics run over positions")
+            mark(space, "normalised")
     extra = [[call.fresh(n, pin="statistics") for n in shape] for shape in call.shapes[1:]]
     return x.dims if not extra else [x.dims, *extra]
 
