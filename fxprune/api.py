@@ -415,7 +415,10 @@ def _stock(model: Any, config: Any, small: GraphModule, groups: Groups, plan: Pr
         stock = type(model)(config)
     state = sliced_state(model, small, groups, plan)
     frozen = {n for n, t in state.items() if isinstance(t, nn.Parameter) and not t.requires_grad}
-    _, unexpected = stock.load_state_dict(state, strict=False, assign=True)
+    try:
+        _, unexpected = stock.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:  # a buffer that the traced path does not read, and the class sizes by the configuration
+        raise CheckpointError(str(error).replace("\n\t", " ").strip()[:300]) from error
     stock.tie_weights()
     for name in frozen:  # load_state_dict thaws them
         stock.get_parameter(name).requires_grad_(False)

@@ -115,6 +115,35 @@ def test_a_plan_of_another_model(dense: nn.Module, result: PruneResult) -> None:
         prune(build("gpt2"), plan=result.plan)
 
 
+def test_one_trace_prunes_several_ways(dense: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = example_inputs(dense)
+    gm = fxprune.trace(dense, ids)
+    untraced(monkeypatch)
+    small, smaller = (prune(dense, ratio, graph=gm, criterion="l1").report.parameters_after for ratio in (0.1, 0.3))
+    assert smaller < small < sum(p.numel() for p in dense.parameters())
+    with pytest.raises(UsageError, match="graph= is the trace of another model"):
+        prune(build("gpt2"), 0.1, graph=gm, criterion="l1")
+
+
+def test_whole_experts_go_with_their_rows_of_the_router() -> None:
+    """Half of the experts, by an importance that is known: those with the smallest weights."""
+    model = build("mixtral")
+    layer = model.get_submodule("model.layers.0.mlp")
+    with torch.no_grad():
+        for parameter in (layer.experts.gate_up_proj, layer.experts.down_proj, layer.gate.weight):
+            parameter[[0, 2]] *= 1e-3
+    result = prune(model, units={"experts": 0.5}, widths="per-layer", criterion="l2")
+    assert result.form == "uniform"
+    assert result.plan.keep["model.layers.0.mlp.experts"].tolist() == [1, 3]
+    assert result.report.verify is not None
+    assert result.report.verify.max_rel_error < 1e-5
+    small: Any = result.model
+    assert small.config.num_local_experts == 2
+    assert torch.equal(small.model.layers[0].mlp.gate.weight, layer.gate.weight[[1, 3]])
+    with pytest.raises(fxprune.errors.PlanError, match="keeps 1 units of group 'model.layers.0.mlp.experts', but a top-k takes 2"):
+        PrunePlan.from_keep(result.groups, {"model.layers.0.mlp.experts": [1]})
+
+
 def test_gradients_need_a_loss_and_meta_models_no_weights() -> None:
     with torch.device("meta"):
         meta = build("llama", num_hidden_layers=1)

@@ -163,3 +163,45 @@ def test_bad_input_is_named(model: Any, inputs: Any, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         fxprune.trace(model, inputs)
     assert str(caught.value) == message
+
+
+class Chunked(nn.Module):
+    """Adds up chunks of four tokens with a triangle whose size torch.export takes for a constant, as some state-space models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(5, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pad to whole chunks, then mix the chunks."""
+        x = nn.functional.pad(self.a(x), (0, 0, 0, (4 - x.shape[1] % 4) % 4))
+        sums = x.unflatten(1, (-1, 4)).sum(2)
+        count = torch.empty(1, 1, sums.shape[1]).expand(-1, -1, int(sums.shape[1]))
+        return torch.ones(count.shape[-1], len(sums[0])).tril() @ sums
+
+
+def test_a_trace_that_holds_for_one_size_only_is_made_again(caplog: pytest.LogCaptureFixture) -> None:
+    model = Chunked()
+    gm = fxprune.trace(model, (torch.randn(2, 7, 5),))
+    assert "the trace holds for one size only" in caplog.text
+    x = torch.randn(3, 7, 5)  # the batch is still symbolic
+    torch.testing.assert_close(gm(x), model(x))
+    with pytest.raises(RuntimeError, match=r"shape\[1\]"):
+        gm(torch.randn(3, 11, 5))
+
+
+def test_attention_that_nobody_reads_is_gone() -> None:
+    class Unread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.q = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            q = self.q(y).unflatten(-1, (2, 4)).transpose(1, 2)
+            nn.functional.scaled_dot_product_attention(q, q, q)
+            return y
+
+    gm = fxprune.trace(Unread(), (torch.randn(2, 5, 8),))
+    assert not any("attention" in str(n.target) for n in gm.graph.nodes)
+    assert [n.target for n in gm.graph.nodes if n.op == "get_attr"] == ["a.weight", "a.bias"]

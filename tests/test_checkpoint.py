@@ -203,6 +203,7 @@ def stated(name: str, keep: Callable[[str, int], Any], drop: tuple[str, ...] = (
         ("opt", {}, {"units": {"ffn": 0.3}}, {"ffn_dim": 45}),
         ("phi3", {}, {"units": {"kv_heads": 0.5, "ffn": 0.3}}, {"num_key_value_heads": 1, "intermediate_size": 45}),
         ("falcon_new", {}, {"units": {"ffn": 0.3}}, {"ffn_hidden_size": 134}),
+        ("mixtral", {}, {"units": {"experts": 0.5}}, {"num_local_experts": 2, "intermediate_size": 64}),
     ],
     ids=lambda value: "-".join(value["units"]) if isinstance(value, dict) and isinstance(value.get("units"), dict) else None,
 )
@@ -336,6 +337,18 @@ def test_a_per_layer_model_saved_again_is_the_same(tmp_path: Path, stock: Stock)
     configs = [json.loads((d / "config.json").read_text()) for d in (second, third, fourth)]
     assert configs[0]["fxprune"] == configs[1]["fxprune"] == configs[2]["fxprune"]
     assert configs[2]["layer_types"] == ["full_attention", "sliding_attention", "full_attention"]
+
+
+def test_the_class_that_travels_along_takes_stock_configurations_too(tmp_path: Path) -> None:
+    """transformers registers it for the configuration's type, and then builds stock checkpoints with it."""
+    result = stated("llama", even_less)
+    result.save_pretrained(tmp_path / "out")
+    dense = result.dense_model
+    assert dense is not None
+    made = type(fxprune.load(tmp_path / "out"))(result.dense_config)
+    made.load_state_dict(dense.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(made(tokens(2, 5)).logits, dense(tokens(2, 5)).logits)
 
 
 def test_a_per_layer_model_can_be_pruned_again(tmp_path: Path, stock: Stock) -> None:

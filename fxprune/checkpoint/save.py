@@ -239,11 +239,13 @@ class {base.__name__}(_Dense):
     _fxprune_per_layer = True
 
     def __init__(self, config):
-        for key, value in config.fxprune.get("dense", {{}}).items():  # a configuration that was saved again
+        spec = getattr(config, "fxprune", None)
+        for key, value in (spec or {{}}).get("dense", {{}}).items():  # a configuration that was saved again
             setattr(config, key, value)
         super().__init__(config)
-        apply_surgery(self, config.fxprune)
-        self.config.fxprune["dense"] = shorten_config(self.config, config.fxprune)
+        if spec is not None:  # once this class is registered, transformers may hand it stock configurations too
+            apply_surgery(self, spec)
+            self.config.fxprune["dense"] = shorten_config(self.config, spec)
 
     def _init_weights(self, module):
         if not getattr(module, "_fxprune_resized", False):
