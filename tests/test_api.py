@@ -128,7 +128,7 @@ def test_one_trace_prunes_several_ways(dense: nn.Module, monkeypatch: pytest.Mon
 def test_whole_experts_go_with_their_rows_of_the_router() -> None:
     """Half of the experts, by an importance that is known: those with the smallest weights."""
     model = build("mixtral")
-    layer = model.get_submodule("model.layers.0.mlp")
+    layer: Any = model.get_submodule("model.layers.0.mlp")
     with torch.no_grad():
         for parameter in (layer.experts.gate_up_proj, layer.experts.down_proj, layer.gate.weight):
             parameter[[0, 2]] *= 1e-3
@@ -140,7 +140,7 @@ def test_whole_experts_go_with_their_rows_of_the_router() -> None:
     small: Any = result.model
     assert small.config.num_local_experts == 2
     assert torch.equal(small.model.layers[0].mlp.gate.weight, layer.gate.weight[[1, 3]])
-    with pytest.raises(fxprune.errors.PlanError, match="keeps 1 units of group 'model.layers.0.mlp.experts', but a top-k takes 2"):
+    with pytest.raises(fxprune.errors.PlanError, match=r"keeps 1 units of group .*, but a top-k takes 2"):
         PrunePlan.from_keep(result.groups, {"model.layers.0.mlp.experts": [1]})
 
 

@@ -30,7 +30,8 @@ def solve_config(model: nn.Module, groups: Groups, plan: PrunePlan) -> Any:
 
     Integer fields that equal a size that changed are candidates; each is tried on a model built on the meta device, and the
     assignment with no mismatched parameter wins (coordinate descent, most plans need one round). Where these do not suffice,
-    fields that are None are tried too: many classes derive a size unless it is said (GPT-2's ``n_inner``).
+    fields that are None are tried too: many classes derive a size unless it is said (GPT-2's ``n_inner``); then fields that a size
+    is a multiple of.
 
     Args:
         model: The dense Hugging Face model.
@@ -64,7 +65,8 @@ def solve_config(model: nn.Module, groups: Groups, plan: PrunePlan) -> Any:
     flat = [(key, value) for key, values in options.items() for value in values]
     moves = [dict([move]) for move in flat]  # one field at a time, then two: a class may refuse either change alone
     moves += [dict(pair) for pair in itertools.combinations(flat, 2) if pair[0][0] != pair[1][0]]
-    for stage in (moves, [{key: value} for key in _unset(config) for value in _dimensions(wanted, model)]):
+    unset = [{key: value} for key in _unset(config) for value in _dimensions(wanted, model)]
+    for stage in (moves, unset, list(_factors(config, groups, plan))):
         for _ in range(len(options) + 1):
             start = best
             for move in stage:
@@ -121,6 +123,15 @@ def _options(config: Any, groups: Groups, plan: PrunePlan) -> Iterator[tuple[str
             width = _derived_head_dim(part)
             if width:
                 yield f"{prefix}head_dim", [width]
+
+
+def _factors(config: Any, groups: Groups, plan: PrunePlan) -> Iterator[dict[str, int]]:
+    """Integer fields that a size is a multiple of (``expansion_ratio`` of an FFN), with what they might have to become."""
+    pairs = sorted({pair for found in quantities(groups, plan).values() for pair in found})
+    for key, value in vars(config).items():
+        if type(value) is int and value > 1:
+            units = ((before // value, after) for before, after in pairs if before % value == 0)
+            yield from ({key: after // unit} for unit, after in units if after % unit == 0 and after // unit != value)
 
 
 def _unset(config: Any) -> Iterator[str]:
