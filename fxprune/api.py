@@ -29,7 +29,7 @@ from .passes.importance import Loss, score
 from .passes.influence import block_influence
 from .passes.rewrite import rewrite
 from .passes.selection import LAYERS, Selection, select
-from .passes.verify import VerifyReport, tolerance_of, verify
+from .passes.verify import VerifyReport, relative_error, tolerance_of, verify
 from .plan import PrunePlan
 
 log = logging.getLogger("fxprune")
@@ -240,6 +240,8 @@ def prune(
                 f"{checked.max_rel_error:.2e}, allowed {checked.tolerance:.0e}; nothing was written"
             )
     form, eager, error, note = clock("eager", _eager, model, groups, plan, small, probe, allowed)
+    if form == "graph":
+        note += _trace_differs(model, gm, probe, allowed)
     after = sum(p.numel() for p in small.parameters())
     report = PruneReport(
         parameters_before=groups.total,
@@ -398,9 +400,19 @@ def _eager(
     return form, surgery, _error(reference, surgery.model, probe), note
 
 
-def _error(reference: Any, eager: nn.Module, probe: Any) -> float:
-    from .passes.verify import relative_error
+def _trace_differs(model: nn.Module, gm: GraphModule, probe: Any, tolerance: float) -> str:
+    """What to add to the note where even the dense trace is not the dense model."""
+    with quiet(model), torch.no_grad():
+        error = relative_error(call(model, probe), call(gm, probe))
+    if error <= tolerance:
+        return ""
+    return (
+        f"; and the trace computes something else than the dense model on these inputs (relative error {error:.1e}): "
+        "pass every input that the model's processor gives"
+    )
 
+
+def _error(reference: Any, eager: nn.Module, probe: Any) -> float:
     with quiet(eager), torch.no_grad():
         return relative_error(reference, call(eager, probe))
 

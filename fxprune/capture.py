@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 import operator
 import traceback
@@ -42,7 +43,8 @@ def trace(
         inputs: Example inputs: a mapping of keyword arguments, a tuple of positional ones, or one tensor.
         dynamic_shapes: As for `torch.export.export`. By default every dimension of an integer or boolean input is symbolic,
             and of a floating-point input the first (and, with three dimensions, the second); if the model does not allow
-            it, the trace falls back to fixed sizes with a warning.
+            it, or computes with its length in a way that only holds for the example's, the trace falls back to a symbolic
+            batch, then to fixed sizes, with a warning.
 
     Returns:
         A GraphModule that is called like the model.
@@ -92,7 +94,8 @@ _FEWER = ("a symbolic batch only", "fixed sizes")
 def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> GraphModule:
     with quiet(model), torch.no_grad():
         try:
-            exported: Any = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            with contextlib.redirect_stderr(io.StringIO()):  # where torch prints its whole graph when it fails
+                exported: Any = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             raise _explain(model, error) from error
         if any(_mutates(n) for n in exported.graph.nodes):
