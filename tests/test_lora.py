@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch.fx import GraphModule
 
 import fxprune
 from fxprune.capture import trace
+from fxprune.errors import CheckpointError
 from fxprune.groups import Groups, PruneGroup
 from fxprune.passes.dependency import find_groups
 from fxprune.passes.rewrite import rewrite
@@ -326,7 +328,7 @@ def test_decomposed_adapters_against_the_eager_model() -> None:
 # The whole way.
 
 
-def test_prune_gives_an_adapted_model() -> None:
+def test_prune_gives_an_adapted_model(tmp_path: Path) -> None:
     model = LLAMA.build()
     result = fxprune.prune(model, units={"kv_heads": 0.5}, samples=2, length=8)
     assert result.report.verify is not None
@@ -336,6 +338,9 @@ def test_prune_gives_an_adapted_model() -> None:
     assert layer.get_parameter("lora_B.default.weight").shape == (8, RANK)
     assert layer.get_parameter("base_layer.weight").shape == (8, 48)
     torch.testing.assert_close(_logits(result.model), _logits(result.graph_module), rtol=1e-4, atol=1e-4)
+    with pytest.raises(CheckpointError, match=r"save result\.model\.merge_and_unload\(\) instead"):
+        result.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.xfail(reason="a forward of *args and **kwargs only is traced with fixed sizes", raises=RuntimeError)

@@ -133,6 +133,10 @@ def save_pruned(
     """
     if result.model is None:
         raise CheckpointError(f"there is no eager model to save: {result.report.note}")
+    if hasattr(result.model, "merge_and_unload"):
+        raise CheckpointError(
+            "a model with adapters has no checkpoint that holds its pruned weights: save result.model.merge_and_unload() instead"
+        )
     with new_directory(directory, overwrite=overwrite) as work:
         if hasattr(result.model, "save_pretrained"):
             _write_pretrained(result, work, max_shard_size)
