@@ -26,9 +26,10 @@ Row = Mapping[str, Any]
 
 
 def read(folder: Path, tasks: Iterable[str]) -> list[dict[str, Any]]:
-    """Every row in the folder, in order of task and type; pins are counted by reason."""
+    """Every row in the folder, in order of task and type; pins are counted by reason, and no path of the machine is left."""
     rows = [json.loads(path.read_text()) for task in tasks for path in sorted(folder.glob(f"{task}.*.json"))]
     for row in rows:
+        row |= {k: _clean(row[k]) for k in ("error", "form_note") if k in row}
         if "pinned" in row:
             row["pinned"] = dict(Counter(reason.split(" at ")[0] for *_, reason in row["pinned"]).most_common())
     return rows
