@@ -391,7 +391,9 @@ ALIGNED = {aten._grouped_mm.default}  # has a test of its own: its kernel wants 
 
 def test_every_registered_overload_has_a_case() -> None:
     covered = {case.target for case in CASES}
-    own = [target for target, r in registered().items() if str(r.propagate.__module__).startswith("fxprune.")]  # not the other tests'
+    own = [
+        target for target, r in registered().items() if str(r.propagate.__module__).startswith("fxprune.")
+    ]  # not the other tests'
     wanted = {o for target in own for o in _concrete_overloads(target)} - NOT_ON_CPU - NOT_CALLABLE - ALIGNED
     assert sorted(map(str, wanted - covered)) == []
     covered |= ALIGNED
