@@ -11,12 +11,11 @@ Each model runs in a process of its own with a time limit, so that none can stop
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import math
-import multiprocessing
 import os
-import signal
 import tempfile
 import time
 import warnings
@@ -33,6 +32,7 @@ import fxprune
 from benchmarks import coverage_table
 from benchmarks.common import RESULTS, header, write
 from benchmarks.zoo import inputs as zoo_inputs
+from benchmarks.zoo import pool
 from benchmarks.zoo import types as zoo_types
 from fxprune.capture import quiet
 from fxprune.errors import CheckpointError
@@ -223,56 +223,29 @@ def _own_round_trip(dense: Any, path: Path) -> str:
     return f"; the dense model itself is read back by transformers with other values of {lost[0]}" if lost else ""
 
 
-def _run(task: str, model_type: str, seeds: int, path: Path) -> None:
+def _run(task: str, model_type: str, path: Path, *, seeds: int) -> None:
     """One model in this process; the row on disk is renewed after every stage."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     row: dict[str, Any] = {}
     try:
         for row in examine(task, model_type, seeds=seeds):
-            path.write_text(json.dumps(row))
+            pool.write(path, row)
     except BaseException as error:  # noqa: BLE001 - whatever happens to one model is that model's result
         lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-        row["error"] = f"{type(error).__name__}: {' '.join(lines)[:400]}"
-        path.write_text(json.dumps(row))
+        pool.write(path, row | {"error": f"{type(error).__name__}: {' '.join(lines)[:400]}"})
 
 
-def measure(jobs: list[tuple[str, str]], *, seeds: int, limit: float, workers: int) -> None:
+def measure(jobs: list[pool.Job], *, seeds: int, limit: float, workers: int) -> None:
     """Run every job that has no row yet, each in a forked process with a time limit."""
     ROWS.mkdir(exist_ok=True)
-    context = multiprocessing.get_context("fork")
-    waiting = [job for job in jobs if not _path(*job).exists()]
-    running: list[tuple[Any, tuple[str, str], float]] = []
-    total = len(waiting)
-    while waiting or running:
-        while waiting and len(running) < workers:
-            job = waiting.pop(0)
-            process = context.Process(target=_run, args=(*job, seeds, _path(*job).with_suffix(".part")))
-            process.start()
-            running.append((process, job, time.monotonic()))
-        time.sleep(0.1)
-        for entry in list(running):
-            process, job, since = entry
-            late = time.monotonic() - since > limit
-            if process.is_alive() and not late:
-                continue
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            running.remove(entry)
-            part = _path(*job).with_suffix(".part")
-            row = (
-                json.loads(part.read_text())
-                if part.exists() and part.stat().st_size
-                else {"type": job[1], "task": job[0], "stage": "build"}
-            )
-            if row["stage"] != "done" and "error" not in row:
-                row["error"] = f"not finished after {limit:.0f} s" if late else f"the process died (exit status {process.exitcode})"
-            _path(*job).write_text(json.dumps(row, indent=1) + "\n")
-            part.unlink(missing_ok=True)
-            print(f"[{total - len(waiting) - len(running)}/{total}] {summary_line(row)}", flush=True)
+    for done in pool.run(jobs, _path, functools.partial(_run, seeds=seeds), limit=limit, workers=workers):
+        row = done.row or {"type": done.job[1], "task": done.job[0], "stage": "build"}
+        if row["stage"] != "done" and "error" not in row:
+            row["error"] = f"not finished after {limit:.0f} s" if done.end == "late" else f"the process died (status {done.end})"
+        pool.write(_path(*done.job), row)
+        print(f"[{done.left} left] {summary_line(row)}", flush=True)
 
 
 def _path(task: str, model_type: str) -> Path:
@@ -305,32 +278,13 @@ def _write_tables(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Measure what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(zoo_types.TASKS), choices=zoo_types.TASKS)
-    parser.add_argument("--only", nargs="+", default=None, metavar="TYPE")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th model, from the I-th")
+    parser = pool.parser(__doc__, limit=300, workers=os.cpu_count() or 1)
     parser.add_argument("--seeds", type=int, default=2, help="random choices of units for every group (default: 2)")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for one model (default: 300)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="models at a time (default: all cores)")
-    parser.add_argument("--again", action="store_true", help="run models that have a row already")
-    parser.add_argument("--table", action="store_true", help="run nothing: write the documents from the rows that are there")
     arguments = parser.parse_args()
     if arguments.table:
         _write_tables(arguments)
         return
-    index, parts = map(int, arguments.shard.split("/"))
-    jobs = [
-        (task, name)
-        for task in arguments.tasks
-        for name in zoo_types.types_of(task)
-        if not arguments.only or name in arguments.only
-    ]
-    jobs = jobs[index::parts]
-    if arguments.again:
-        for job in jobs:
-            _path(*job).unlink(missing_ok=True)
-    import transformers.models.auto.modeling_auto  # noqa: F401 - loaded once, before the forks
-
+    jobs = pool.chosen(arguments, _path)
     measure(jobs, seeds=arguments.seeds, limit=arguments.limit, workers=arguments.workers)
 
 

@@ -29,13 +29,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import logging
 import math
-import multiprocessing
-import os
 import re
-import signal
 import time
 import traceback
 import warnings
@@ -50,6 +48,7 @@ from torch import Tensor, nn
 from benchmarks.common import INSTALL_HINT, RESULTS, TORCH_PRUNING, header, torch_pruning, write
 from benchmarks.coverage import ROWS, TOLERANCE
 from benchmarks.zoo import inputs as zoo_inputs
+from benchmarks.zoo import pool
 from benchmarks.zoo import types as zoo_types
 from fxprune.passes.verify import relative_error
 
@@ -355,7 +354,7 @@ def examine(tp: Any, task: str, model_type: str) -> Iterator[dict[str, Any]]:
     yield row | way | found | {"seconds": round(time.perf_counter() - start, 1)}
 
 
-def _run(directory: Path, task: str, model_type: str, path: Path) -> None:
+def _run(task: str, model_type: str, path: Path, *, directory: Path) -> None:
     """One model in this process; the row on disk is renewed after every attempt."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -363,50 +362,22 @@ def _run(directory: Path, task: str, model_type: str, path: Path) -> None:
     row: dict[str, Any] = {}
     try:
         for row in examine(torch_pruning(directory), task, model_type):
-            _write(path, row)
+            pool.write(path, row)
     except BaseException as error:  # noqa: BLE001 - whatever happens to one model is that model's result
-        _write(path, row | {"error": _text(error)} | ({"result": "no model"} if row.get("result") == "timeout" else {}))
+        pool.write(path, row | {"error": _text(error)} | ({"result": "no model"} if row.get("result") == "timeout" else {}))
 
 
-def _write(path: Path, row: Mapping[str, Any]) -> None:
-    beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(row))
-    beside.replace(path)
-
-
-def measure(jobs: list[tuple[str, str]], directory: Path, *, limit: float, workers: int) -> None:
+def measure(jobs: list[pool.Job], directory: Path, *, limit: float, workers: int) -> None:
     """Run every job that has no row yet, each in a forked process with a time limit."""
     ROWS.mkdir(exist_ok=True)
-    context = multiprocessing.get_context("fork")
-    waiting = [job for job in jobs if not _path(*job).exists()]
-    running: list[tuple[Any, tuple[str, str], float]] = []
-    while waiting or running:
-        while waiting and len(running) < workers:
-            job = waiting.pop(0)
-            process = context.Process(target=_run, args=(directory, *job, _path(*job).with_suffix(".part")))
-            process.start()
-            running.append((process, job, time.monotonic()))
-        time.sleep(0.05)
-        for entry in list(running):
-            process, job, since = entry
-            late = time.monotonic() - since > limit
-            if process.is_alive() and not late:
-                continue
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            running.remove(entry)
-            part = _path(*job).with_suffix(".part")
-            row = json.loads(part.read_text()) if part.exists() else {"type": job[1], "task": job[0], "result": "no model"}
-            if "seconds" not in row:  # it ends early only in a model of ours, by the limit, or with its process
-                row["stopped"] = (
-                    f"not finished after {limit:.0f} s" if late else row.get("error", f"exit status {process.exitcode}")
-                )
-                if row["result"] == "timeout" and not late:
-                    row["result"] = "build failed"
-            _path(*job).write_text(json.dumps(row, indent=1) + "\n")
-            part.unlink(missing_ok=True)
-            print(f"[{len(waiting) + len(running)} left] {summary_line(row)}", flush=True)
+    for done in pool.run(jobs, _path, functools.partial(_run, directory=directory), limit=limit, workers=workers):
+        row, late = done.row or {"type": done.job[1], "task": done.job[0], "result": "no model"}, done.end == "late"
+        if "seconds" not in row:  # it ends early only in a model of ours, by the limit, or with its process
+            row["stopped"] = f"not finished after {limit:.0f} s" if late else row.get("error", f"exit status {done.end}")
+            if row["result"] == "timeout" and not late:
+                row["result"] = "build failed"
+        pool.write(_path(*done.job), row)
+        print(f"[{done.left} left] {summary_line(row)}", flush=True)
 
 
 def _path(task: str, model_type: str) -> Path:
@@ -436,18 +407,9 @@ def table(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = pool.parser(__doc__, limit=60, workers=1)
     parser.add_argument("--torch-pruning", type=Path, default=None, metavar="DIR", help=INSTALL_HINT)
-    parser.add_argument("--tasks", nargs="+", default=list(zoo_types.TASKS), choices=zoo_types.TASKS)
-    parser.add_argument("--only", nargs="+", default=None, metavar="TYPE")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th model, from the I-th")
-    parser.add_argument("--limit", type=float, default=60, help="seconds for one model (default: 60)")
-    parser.add_argument("--workers", type=int, default=1, help="models at a time (default: 1)")
-    parser.add_argument("--again", action="store_true", help="run models that have a row already")
-    parser.add_argument("--table", action="store_true", help="join the rows that are there")
-    parser.add_argument(
-        "--output", type=Path, default=RESULTS / "coverage_torch_pruning.json", help="of --table (default: %(default)s)"
-    )
+    parser.add_argument("--output", type=Path, default=RESULTS / "coverage_torch_pruning.json", help="(default: %(default)s)")
     parser.set_defaults(seed=0, threads=1, repeats=1)
     arguments = parser.parse_args()
     if arguments.table:
@@ -455,19 +417,7 @@ def main() -> None:
         return
     if arguments.torch_pruning is None:
         parser.error(INSTALL_HINT)
-    index, parts = map(int, arguments.shard.split("/"))
-    jobs = [
-        (task, name)
-        for task in arguments.tasks
-        for name in zoo_types.types_of(task)
-        if not arguments.only or name in arguments.only
-    ]
-    jobs = jobs[index::parts]
-    if arguments.again:
-        for job in jobs:
-            _path(*job).unlink(missing_ok=True)
-    import transformers.models.auto.modeling_auto  # noqa: F401 - loaded once, before the forks
-
+    jobs = pool.chosen(arguments, _path)
     measure(jobs, arguments.torch_pruning, limit=arguments.limit, workers=arguments.workers)
 
 
