@@ -118,7 +118,10 @@ def _operator(found: Inference, node: Node) -> Any:
     tensors = list(call.tensors())
     weight = bool(tensors) and all(t.weight for t in tensors)
     results = iter(
-        [Value(dims, weight=weight, numbers=call.numbered.get(i), tally=call.tally) for i, dims in enumerate(_apply(call))]
+        [
+            Value(dims, weight=weight, numbers=call.numbered.get(i), tally=call.tally, alike=call.alike)
+            for i, dims in enumerate(_apply(call))
+        ]
     )
     return _form(node.meta["val"], lambda _: next(results))
 

@@ -413,3 +413,25 @@ def test_verify_finds_a_network_that_is_no_number_out(llama: tuple[GraphModule, 
     small = rewrite(gm, plan)
     _parameter(small, "model.norm.weight")[3] = float("nan")
     assert not verify(gm, small, plan, {"input_ids": tokens(*RUN)}).ok
+
+
+def test_the_first_of_entries_that_are_all_alike() -> None:
+    """``zeros_like(x)[..., 0]``, by which some models make token types of embeddings, depends on no unit of x."""
+
+    class Typed(nn.Module):
+        def __init__(self, at: int) -> None:
+            super().__init__()
+            self.at, self.a, self.b = at, nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.b(y) + torch.ones_like(y)[..., self.at, None]
+
+    for at, free in ((0, ["other"]), (1, [])):
+        model = Typed(at)
+        gm = trace(model, (torch.randn(2, 4, 5),))
+        groups = find_groups(gm)
+        assert [g.kind for g in groups.values() if g.prunable] == free
+        for name in prunable(groups):
+            plan = PrunePlan.from_keep(groups, {name: some(groups[name], 1)})
+            assert verify(gm, rewrite(gm, plan), plan, (torch.randn(3, 7, 5),)).max_rel_error < 1e-5

@@ -20,9 +20,12 @@ aten: Any = torch.ops.aten
 
 @rule(aten.select.int, numbers="pass")
 def select(call: Call) -> Spaces:
-    """One entry of a pinned dimension."""
+    """One entry of a pinned dimension; the first of entries that are all alike is there whatever goes."""
     x, dim = call["self"], call["self"].axis(call["dim"])
-    call.pin(x[dim], "one entry is selected by number")
+    if x.alike and call["index"] == 0:
+        call.alike = True
+    else:
+        call.pin(x[dim], "one entry is selected by number")
     return [*x[:dim], *x[dim + 1 :]]
 
 

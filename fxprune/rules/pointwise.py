@@ -123,6 +123,7 @@ def alike(call: Call) -> Spaces:
     """A tensor of the first one's sizes; its entries do not matter."""
     x, *value = call.tensors()
     call.escape(*value)
+    call.alike = getattr(call.node.target, "overloadpacket", None) is not aten.empty_like
     return x.dims
 
 

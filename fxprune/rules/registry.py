@@ -42,6 +42,7 @@ class Value(Sequence[Space]):
             space renumbers them by itself. None for every other tensor.
         tally: ``counts`` where the entries say how often each unit was numbered, ``ends`` for their running sums; a unit that is
             gone was not numbered, and so counts nothing. None for every other tensor.
+        alike: True if all entries are known to be the same (of `torch.zeros_like`), so that any will do for any other.
     """
 
     def __init__(
@@ -52,12 +53,14 @@ class Value(Sequence[Space]):
         tensor: torch.Tensor | None = None,
         numbers: Space | None = None,
         tally: str | None = None,
+        alike: bool = False,
     ) -> None:
         self.dims = list(dims)
         self.weight = weight
         self.tensor = tensor
         self.numbers = numbers
         self.tally = tally
+        self.alike = alike
 
     def __getitem__(self, index: Any) -> Any:
         return self.dims[index]
@@ -150,6 +153,7 @@ class Call:
         notes: Spaces that the propagate half leaves for the resize half, by any name.
         numbered: For outputs whose entries number the units of a space, that space.
         tally: What the output is in terms of `Value.tally`.
+        alike: Whether all entries of the output are the same.
     """
 
     node: Node
@@ -158,6 +162,7 @@ class Call:
     notes: dict[str, Space] = field(default_factory=dict)
     numbered: dict[int, Space] = field(default_factory=dict)
     tally: str | None = None
+    alike: bool = False
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -243,6 +248,7 @@ class Call:
             self.escape(value)
         self.numbered.clear()
         self.tally = None
+        self.alike = False
         self.notes[_GIVEN_UP] = spaces.ONE
         return [[self.fresh(n, pin=reason) for n in shape] for shape in self.shapes]
 
