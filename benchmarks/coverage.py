@@ -13,12 +13,10 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import logging
 import math
 import os
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -121,7 +119,7 @@ def _coverage(gm: GraphModule, groups: Groups) -> dict[str, Any]:
     sizes = {n: math.prod(v.shape) for n, v in groups.parameters.items() if n not in tables}
 
     def share(chosen: list[PruneGroup]) -> float:
-        inside = {m.name for g in chosen for m in g.members}
+        inside = _inside(chosen)
         return round(sum(n for name, n in sizes.items() if name in inside) / max(sum(sizes.values()), 1), 4)
 
     return {
@@ -129,10 +127,12 @@ def _coverage(gm: GraphModule, groups: Groups) -> dict[str, Any]:
         "share": share(free),
         "share_without_hidden": share([g for g in free if g.kind != "hidden"]),
         "pinned": [[g.name, g.kind, g.size, g.reason] for g in groups.values() if not g.prunable],
-        "uncovered": sorted((n for n in sizes if not any(m.name == n for g in free for m in g.members)), key=lambda n: -sizes[n])[
-            :20
-        ],
+        "uncovered": sorted(sizes.keys() - _inside(free), key=lambda n: -sizes[n])[:20],
     }
+
+
+def _inside(groups: list[PruneGroup]) -> set[str]:
+    return {m.name for g in groups for m in g.members}
 
 
 def _exactness(gm: GraphModule, groups: Groups, inputs: dict[str, Tensor], seeds: int) -> dict[str, Any]:
@@ -225,9 +225,6 @@ def _own_round_trip(dense: Any, path: Path) -> str:
 
 def _run(task: str, model_type: str, path: Path, *, seeds: int) -> None:
     """One model in this process; the row on disk is renewed after every stage."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     row: dict[str, Any] = {}
     try:
         for row in examine(task, model_type, seeds=seeds):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import TORCH_PRUNING
+
 ENOUGH = 0.9
 """Share of the parameters outside the embeddings that counts as covered."""
 
@@ -134,7 +136,7 @@ def _reloads(found: Mapping[str, Any]) -> list[str]:
 def _others(rows: Sequence[Row], others: Mapping[str, Row]) -> list[str]:
     lines = [
         "",
-        "Torch-Pruning 1.6.1 on the same models (`python -m benchmarks.coverage_torch_pruning`, which says how it is used):",
+        f"Torch-Pruning {TORCH_PRUNING} on the same models (`python -m benchmarks.coverage_torch_pruning` says how it is used):",
         "",
     ]
     lines += ["| task | models | " + " | ".join(_RESULTS) + " |", "|---|---:|" + "---:|" * len(_RESULTS)]

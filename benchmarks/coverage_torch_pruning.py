@@ -31,12 +31,10 @@ import argparse
 import copy
 import functools
 import json
-import logging
 import math
 import re
 import time
 import traceback
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -282,7 +280,7 @@ def _last_layers(model: nn.Module, task: str) -> list[nn.Module]:
         hook.remove()
     try:
         output = model.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # no such method, or transformers' "this class has none"
         output = None
     return called[-1:] + [output] * isinstance(output, nn.Module)
 
@@ -356,9 +354,6 @@ def examine(tp: Any, task: str, model_type: str) -> Iterator[dict[str, Any]]:
 
 def _run(task: str, model_type: str, path: Path, *, directory: Path) -> None:
     """One model in this process; the row on disk is renewed after every attempt."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     row: dict[str, Any] = {}
     try:
         for row in examine(torch_pruning(directory), task, model_type):

@@ -39,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 LAYERS_BY = ("influence", "first")
 
 CRITERION = "taylor2"
-"""The default: of the paper's criteria the one that kept the most of SmolLM2-135M in a first trial."""
+"""The default criterion; see `fxprune.criteria.CRITERIA`."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,8 @@ def prune(
             or ready batches; see `fxprune.calibration.load_calibration`.
         tokenizer: For calibration text; saved with the checkpoint.
         inputs: Example inputs to trace with; by default token ids for a model with a vocabulary.
-        graph: What `fxprune.trace` made of this model already, to prune it several ways for one trace.
+        graph: What `fxprune.trace` made of this model already, to prune it several ways for one trace. If its sizes are fixed,
+            give the ``inputs`` that it was traced with.
         criterion: See `fxprune.criteria.CRITERIA`.
         aggregation: See `fxprune.criteria.AGGREGATIONS`.
         selection: Targets and constraints; or give fields of `fxprune.passes.selection.Selection` as keywords.

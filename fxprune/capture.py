@@ -18,10 +18,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from ._compat import dynamic_size_errors
+from ._compat import CANNOT_TELL, FakeTensorMode, dynamic_size_errors
 from .errors import CaptureError, UsageError
 from .quantised import refuse_quantised
 
@@ -201,30 +200,22 @@ def _trouble_elsewhere(gm: GraphModule, model: nn.Module, args: tuple[Any, ...],
         for size in _symbolic_sizes(node)
         if size.expr.is_symbol
     }
-    leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
-
-    def runs(flat: list[Any]) -> bool:
-        fakes = [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in flat]
-        return _runs(model, *torch.utils._pytree.tree_unflatten(fakes, spec))
-
+    convention = cast(Any, gm.graph._codegen).pytree_info.in_spec
     for more in (1, 5003):
         table = {symbol: _beyond(node, more) for symbol, node in symbols.items()}
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode, torch.no_grad(), _silent("torch._subclasses.fake_tensor"):
             inputs = [_of_size(v, table) for v in examples]
-            tensors = iter(v for v in inputs if isinstance(v, Tensor))
-            elsewhere = [next(tensors) if isinstance(v, Tensor) else v for v in leaves]
             try:
                 _Shapes(gm, mode).run(*inputs, enable_io_processing=False)
-            except _CANNOT_TELL:
+            except CANNOT_TELL:
                 return None
             except Exception as error:  # noqa: BLE001 - whatever it is, the trace does not hold there
-                own_limit = not runs(elsewhere) and runs(leaves)  # a table of positions ends there, for example
+                elsewhere = torch.utils._pytree.tree_unflatten(inputs, convention)
+                here = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+                own_limit = not _runs(model, *elsewhere) and _runs(model, *here)  # a table of positions ends there, for example
                 return None if own_limit else _first_line(error)
     return None
-
-
-_CANNOT_TELL = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -474,6 +474,3 @@ t13 = view_as(t12, t1)
 t14 = linear(t13, out=3, bias=True)
 """,
 }
-
-FAILING: set[str] = set()
-"""Known errors of the library: take a name out when its error is gone."""

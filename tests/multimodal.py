@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import vision_utils
 
+from .zoo import BASE, GROUPED
+
 hf: Any = transformers  # configurations take more than their signatures say
 
-VOCABULARY, IMAGE = 97, 96
+IMAGE = 96
 LENGTH = 11
 VISION = {
     "hidden_size": 40,
@@ -24,15 +26,6 @@ VISION = {
     "image_size": 16,
     "patch_size": 8,
 }
-TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "max_position_embeddings": 64,
-}
-GROUPED = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 Inputs = dict[str, Tensor]
@@ -88,7 +81,7 @@ def paligemma() -> nn.Module:
 
 def clip() -> nn.Module:
     """Two towers that meet in a product only."""
-    text = {**TEXT, "projection_dim": 24, "bos_token_id": 95, "eos_token_id": IMAGE, "pad_token_id": 1}
+    text = {**BASE, "projection_dim": 24, "bos_token_id": 95, "eos_token_id": IMAGE, "pad_token_id": 1}
     config = hf.CLIPConfig(text_config=text, vision_config={**VISION, "projection_dim": 24}, projection_dim=24)
     return hf.CLIPModel(config)
 
@@ -97,7 +90,7 @@ def idefics() -> nn.Module:
     """As Flamingo: gated cross-attention before every layer of the decoder."""
     vision = {**{k: v for k, v in VISION.items() if k != "hidden_size"}, "embed_dim": 40}
     options = {"additional_vocab_size": 0, "cross_layer_interval": 1, "use_resampler": False, "alpha_initializer": "ones"}
-    return hf.IdeficsForVisionText2Text(hf.IdeficsConfig(**TEXT, **options, vision_config=vision))
+    return hf.IdeficsForVisionText2Text(hf.IdeficsConfig(**BASE, **options, vision_config=vision))
 
 
 def mllama() -> nn.Module:
@@ -112,7 +105,7 @@ def mllama() -> nn.Module:
         supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
     )
     text = hf.models.mllama.configuration_mllama.MllamaTextConfig(
-        **{**TEXT, **SPECIAL, "num_hidden_layers": 3},
+        **{**BASE, **SPECIAL, "num_hidden_layers": 3},
         num_key_value_heads=2,
         cross_attention_layers=[1],
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
@@ -232,7 +225,7 @@ def qwen2_vl() -> nn.Module:
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     vision = {"depth": 2, "embed_dim": 40, "hidden_size": 48, "num_heads": 5, "mlp_ratio": 2, "patch_size": 4}
     config = hf.Qwen2VLConfig(
-        text_config={**TEXT, **SPECIAL, "num_key_value_heads": 2, "rope_parameters": rope},
+        text_config={**BASE, **SPECIAL, "num_key_value_heads": 2, "rope_parameters": rope},
         vision_config={**vision, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3},
         image_token_id=IMAGE,
         video_token_id=95,

@@ -172,9 +172,10 @@ class Chunked(nn.Module):
         super().__init__()
         self.a = nn.Linear(5, 8)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """Pad to whole chunks, then mix the chunks."""
         x = nn.functional.pad(self.a(x), (0, 0, 0, (4 - x.shape[1] % 4) % 4))
+        x = x if shift is None else x + shift[:, None]
         sums = x.unflatten(1, (-1, 4)).sum(2)
         count = torch.empty(1, 1, sums.shape[1]).expand(-1, -1, int(sums.shape[1]))
         return torch.ones(count.shape[-1], len(sums[0])).tril() @ sums
@@ -188,6 +189,11 @@ def test_a_trace_that_holds_for_one_size_only_is_made_again(caplog: pytest.LogCa
     torch.testing.assert_close(gm(x), model(x))
     with pytest.raises(RuntimeError, match=r"shape\[1\]"):
         gm(torch.randn(3, 11, 5))
+
+
+def test_the_order_of_keywords_does_not_hide_it(caplog: pytest.LogCaptureFixture) -> None:
+    fxprune.trace(Chunked(), {"shift": torch.randn(2, 8), "x": torch.randn(2, 7, 5)})
+    assert "the trace holds for one size only" in caplog.text
 
 
 def test_attention_that_nobody_reads_is_gone() -> None:

@@ -435,3 +435,27 @@ def test_the_first_of_entries_that_are_all_alike() -> None:
         for name in prunable(groups):
             plan = PrunePlan.from_keep(groups, {name: some(groups[name], 1)})
             assert verify(gm, rewrite(gm, plan), plan, (torch.randn(3, 7, 5),)).max_rel_error < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "free"), [(torch.int32, True), (torch.float32, True), (torch.bool, False), (torch.bfloat16, False)]
+)
+def test_numbers_of_units_survive_only_casts_that_keep_them(dtype: torch.dtype, free: bool) -> None:
+    """As a bool, the number of unit 0 is told from all others: once unit 0 is gone, another one would be."""
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.experts = nn.Linear(5, 6), nn.Parameter(torch.randn(6, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = self.router(x).argmax(-1)
+            return self.experts[chosen.to(dtype).to(torch.int64)]
+
+    gm = trace(Routed(), (torch.randn(2, 4, 5),))
+    groups = find_groups(gm)
+    (routed,) = (g for g in groups.values() if g.size == 6 and any(m.name == "router.weight" for m in g.members))
+    assert routed.prunable is free
+    if free:
+        plan = PrunePlan.from_keep(groups, {routed.name: [1, 3, 4]})
+        assert verify(gm, rewrite(gm, plan), plan, (torch.randn(3, 7, 5),)).max_rel_error < 1e-5

@@ -21,14 +21,12 @@ from fxprune.rules import Call, registry, rule_for
 from fxprune.spaces import product
 
 from .fuzz import KINDS, Network, Program, check, generate, parse, programs
-from .fuzz_corpus import CORPUS, FAILING
+from .fuzz_corpus import CORPUS
 
 aten: Any = torch.ops.aten
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.xfail(reason="a known error")) if n in FAILING else n for n in CORPUS]
-)
+@pytest.mark.parametrize("name", CORPUS)
 def test_corpus(name: str) -> None:
     outcome = check(parse(CORPUS[name]))
     assert not outcome.problems

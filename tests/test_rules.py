@@ -34,6 +34,7 @@ from torch.fx.node import map_aggregate
 
 from fxprune import rules
 from fxprune.capture import trace
+from fxprune.errors import UsageError
 from fxprune.groups import Groups
 from fxprune.passes.inference import Inference, infer, tensor_list
 from fxprune.passes.rewrite import _copy, _resize, _slice_tensors
@@ -399,6 +400,11 @@ def test_every_registered_overload_has_a_case() -> None:
     covered |= ALIGNED
     packets = {o if isinstance(o, torch._ops.OpOverloadPacket) else o.overloadpacket for o in own}
     assert sorted(map(str, packets - {o.overloadpacket for o in covered})) == []
+
+
+def test_a_misspelt_way_with_numbers_is_an_error() -> None:
+    with pytest.raises(UsageError, match="'escape', 'pass' or 'own', not 'passes'"):
+        rule("mylib::misspelt", numbers="passes")
 
 
 def test_every_case_has_a_rule() -> None:

@@ -24,6 +24,8 @@ from fxprune.passes.importance import SCORES
 from fxprune.passes.selection import Selection, SelectionPass, _lanes, _Meter
 from fxprune.plan import PrunePlan
 
+from .zoo import build, tokens
+
 RANKINGS, WIDTHS = ("local", "global"), ("uniform", "per-layer")
 
 
@@ -625,3 +627,16 @@ def test_every_stack_keeps_a_block() -> None:
     plan = select(groups, {}, units=0.6, kinds="layers", block_scores=worthless)
     assert len(plan.drop) == 4
     assert {path.split(".")[0] for path in set(groups.blocks) - set(plan.drop)} == {"encoder", "decoder"}
+
+
+def test_mixtures_stop_where_routers_and_kernels_can_follow() -> None:
+    """Two experts at least for a top-2 router; rows of whole 16 bytes (4 floats) for the grouped matmul."""
+    groups = find_groups(trace(build("mixtral"), {"input_ids": tokens(2, 7)}))
+    (experts, *_), (ffn, *_) = ([g for g in groups.values() if g.kind == kind] for kind in ("experts", "ffn"))
+    assert (experts.least, experts.multiple, ffn.least, ffn.multiple) == (2, 1, 1, 4)
+    scores = random_scores(groups)
+    few = select(groups, scores, units={"experts": 0.9})
+    assert {len(u) for u in few.keep.values()} == {2}
+    narrow = select(groups, scores, units={"ffn": 0.35})  # 41.6 of 64
+    assert {len(u) for u in narrow.keep.values()} == {40}
+    assert {len(u) for u in select(groups, scores, units={"ffn": 0.35}, multiple=6).keep.values()} == {36}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 VOCABULARY = 97
-_BASE = {
+BASE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -21,7 +21,7 @@ _BASE = {
     "num_attention_heads": 6,
     "max_position_embeddings": 64,
 }
-_GROUPED = {**_BASE, "num_key_value_heads": 2, "head_dim": 8}
+GROUPED = {**BASE, "num_key_value_heads": 2, "head_dim": 8}
 _GPT = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64}
 _FALCON = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
 
@@ -53,26 +53,26 @@ _MIXTURE = {**_LLAMA, "experts": [4, 4]}
 _WIDE = {**_PLAIN, "ffn": [192, 192]}
 
 ZOO = {
-    "llama": Family("llama", _GROUPED, _LLAMA),
-    "qwen2": Family("qwen2", _GROUPED, _LLAMA),
-    "qwen3": Family("qwen3", _GROUPED, _LLAMA),
-    "gemma2": Family("gemma2", _GROUPED, _LLAMA),
+    "llama": Family("llama", GROUPED, _LLAMA),
+    "qwen2": Family("qwen2", GROUPED, _LLAMA),
+    "qwen3": Family("qwen3", GROUPED, _LLAMA),
+    "gemma2": Family("gemma2", GROUPED, _LLAMA),
     "gemma3": Family(  # local and global layers rotate with frequencies of their own
         "gemma3_text",
-        {**_GROUPED, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+        {**GROUPED, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
         {**_LLAMA, "head_dim": [4, 4, 8, 8]},
     ),
-    "phi3": Family("phi3", {**_GROUPED, "pad_token_id": 0}, _LLAMA),
-    "mistral": Family("mistral", _GROUPED, _LLAMA),
+    "phi3": Family("phi3", {**GROUPED, "pad_token_id": 0}, _LLAMA),
+    "mistral": Family("mistral", GROUPED, _LLAMA),
     "gpt2": Family("gpt2", _GPT, _WIDE),
-    "gpt_neox": Family("gpt_neox", _BASE, {**_PLAIN, "head_dim": [6, 6, 8, 8]}),  # a quarter of the width is rotated: one pair
+    "gpt_neox": Family("gpt_neox", BASE, {**_PLAIN, "head_dim": [6, 6, 8, 8]}),  # a quarter of the width is rotated: one pair
     "bloom": Family(  # the slopes of its position bias are shared: so are the heads; queries and keys share a width with values
         "bloom",
         {"vocab_size": VOCABULARY, "hidden_size": 48, "n_layer": 2, "n_head": 6},
         {"hidden": [48], "head_dim": [8, 8], "kv_heads": [6], "ffn": [192, 192]},
     ),
     "opt": Family(
-        "opt", {k: v for k, v in _BASE.items() if k != "intermediate_size"} | {"ffn_dim": 64, "word_embed_proj_dim": 48}, _PLAIN
+        "opt", {k: v for k, v in BASE.items() if k != "intermediate_size"} | {"ffn_dim": 64, "word_embed_proj_dim": 48}, _PLAIN
     ),
     "falcon": Family(  # one key and value head, fused with the queries: they share their width
         "falcon", _FALCON, {"hidden": [48], "head_dim": [4], "kv_heads": [6, 6], "ffn": [192, 192]}
@@ -88,11 +88,11 @@ ZOO = {
         {**_WIDE, "kv_heads": [6]},
     ),
     "gptj": Family("gptj", {**_GPT, "rotary_dim": 4}, {**_WIDE, "head_dim": [2, 2, 4, 4, 8, 8]}),
-    "cohere": Family("cohere", _GROUPED, _LLAMA),
-    "stablelm": Family("stablelm", {**_BASE, "num_key_value_heads": 2}, {**_LLAMA, "head_dim": [6, 6, 8, 8]}),
-    "mixtral": Family("mixtral", {**_GROUPED, "num_local_experts": 4}, _MIXTURE),  # all experts of a layer share one width
-    "gpt_oss": Family("gpt_oss", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}, _MIXTURE),
-    "bert": Family("bert", _BASE, _PLAIN, {"ffn": [48, 64, 64]}, auto="AutoModelForMaskedLM"),  # its head has a hidden layer
+    "cohere": Family("cohere", GROUPED, _LLAMA),
+    "stablelm": Family("stablelm", {**BASE, "num_key_value_heads": 2}, {**_LLAMA, "head_dim": [6, 6, 8, 8]}),
+    "mixtral": Family("mixtral", {**GROUPED, "num_local_experts": 4}, _MIXTURE),  # all experts of a layer share one width
+    "gpt_oss": Family("gpt_oss", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}, _MIXTURE),
+    "bert": Family("bert", BASE, _PLAIN, {"ffn": [48, 64, 64]}, auto="AutoModelForMaskedLM"),  # its head has a hidden layer
 }
 
 

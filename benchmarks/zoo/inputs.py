@@ -32,7 +32,7 @@ def example(task: str, model: nn.Module, size: tuple[int, int], seed: int = 0) -
     batch, length = size
     if task == "seq2seq":
         ids = {"input_ids": _ids(size, generator), "decoder_input_ids": _ids((batch, length - 1), generator)}
-        masked = config.model_type in ("switch_transformers", "longt5")  # they do without neither mask
+        masked = config.model_type in ("switch_transformers", "longt5")  # these fail without both masks
         return ids | (
             {"attention_mask": torch.ones(size), "decoder_attention_mask": torch.ones(batch, length - 1)} if masked else {}
         )

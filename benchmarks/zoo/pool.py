@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from . import types
 
@@ -79,7 +83,7 @@ def run(
     while waiting or running:
         while waiting and len(running) < workers:
             job = waiting.pop(0)
-            process = context.Process(target=work, args=(*job, path(*job).with_suffix(".part")))
+            process = context.Process(target=_quietly, args=(work, *job, path(*job).with_suffix(".part")))
             process.start()
             running.append((process, job, time.monotonic()))
         time.sleep(0.05)
@@ -96,6 +100,14 @@ def run(
             row = json.loads(part.read_text()) if part.exists() else {}
             yield Finished(job, row, "late" if late else str(process.exitcode), len(waiting) + len(running))
             part.unlink(missing_ok=True)
+
+
+def _quietly(work: Callable[[str, str, Path], None], task: str, model_type: str, part: Path) -> None:
+    """In the forked process: one thread, and no warnings among the lines of progress."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    work(task, model_type, part)
 
 
 def write(path: Path, row: Mapping[str, Any]) -> None:

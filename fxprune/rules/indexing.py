@@ -277,15 +277,16 @@ def one_hot(call: Call) -> Spaces:
 
 @one_hot.resize
 def _one_hot(call: Resize) -> dict[str, Any]:
-    return (
-        {"num_classes": call.kept(call.outputs[0][-1])} if isinstance(call["num_classes"], int) and call["num_classes"] > 0 else {}
-    )
+    classes = call["num_classes"]
+    if not isinstance(classes, int) or classes == -1:  # as many as the entries turn out to need
+        return {}
+    return {"num_classes": call.kept(call.outputs[0][-1])}
 
 
 @rule(aten.histc, numbers="own")
 def histc(call: Call) -> Spaces:
     """How often each number occurs, with one bin for each: the bins are what the entries number."""
-    x, bins = call["input" if "input" in call.arguments else "self"], call["bins"]
+    x, bins = call["self"], call["bins"]
     if x.numbers is None or (size_of(x.numbers), call["min"], call["max"]) != (bins, 0, bins - 1):
         return call.give_up("a histogram")[0]
     call.tally = "counts"

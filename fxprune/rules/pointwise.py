@@ -36,6 +36,9 @@ _LINEAR = {
 }
 """What leaves a low-rank product a low-rank product, or only measures its size."""
 
+_COUNTING = (torch.int64, torch.int32, torch.int16, torch.float64, torch.float32)
+"""Types in which numbers of units stay what they are; a bool would tell unit 0 from the rest, a half would round."""
+
 
 @rule(
     "pointwise",
@@ -113,8 +116,11 @@ def _tell(call: Call, operands: list[Value], out: Spaces) -> None:
 def identity(call: Call) -> Spaces:
     """The first tensor's dimensions and entries pass; a second one only lends its dtype."""
     x = next(call.tensors())
-    call.number(x.numbers)
-    call.tally = x.tally
+    if call.node.meta["val"].dtype in _COUNTING:
+        call.number(x.numbers)
+        call.tally = x.tally
+    else:
+        call.escape(x)
     return x.dims
 
 

@@ -26,6 +26,7 @@ import torch
 from torch.fx import Node
 
 from .. import spaces
+from ..errors import UsageError
 from ..spaces import Axis, Size, Space
 
 Spaces: TypeAlias = list[Space]
@@ -117,7 +118,12 @@ def rule(*targets: Any, sizes: str | None = None, numbers: str = "escape") -> Ca
 
     Returns:
         A decorator that turns the propagate half into a `Rule`; its ``.resize`` attaches the other half.
+
+    Raises:
+        UsageError: ``numbers`` is none of the three.
     """
+    if numbers not in ("escape", "pass", "own"):
+        raise UsageError(f"numbers= says what becomes of numbered units: 'escape', 'pass' or 'own', not {numbers!r}")
 
     def register(function: Propagate) -> Rule:
         made = Rule(function.__name__, function, _follow_output(sizes) if sizes else None, numbers)
