@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from ._version import __version__
 from .errors import FxPruneError, UsageError
@@ -19,10 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (0 done, 1 failed, 2 used wrongly)."""
     arguments = _parser().parse_args(argv)
     _logging(arguments.verbose)
-    from . import commands
-
     try:
-        return int(getattr(commands, arguments.command)(arguments) or 0)
+        return int(importlib.import_module(f".commands.{arguments.command}", __package__).run(arguments) or 0)
     except KeyboardInterrupt:
         print("fxprune: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -142,11 +139,6 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--latency", action="store_true", help="measure prefill and decode too")
     parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def dump(data: Any) -> None:
-    """Print JSON on standard output."""
-    print(json.dumps(data, indent=1))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from .calibration import encode, read_texts
 from .capture import trace
 from .checkpoint.save import REPORT_FILE, check_target
 from .checkpoint.source import load_source
-from .commands import describe_widths, progress, quiet_libraries
+from .commands.common import describe_widths, progress, quiet_libraries
 from .errors import CheckpointError, UsageError
 from .evaluation import measure_latency, perplexity
 from .passes.dependency import find_groups

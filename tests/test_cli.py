@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import fxprune
-from fxprune import commands
 from fxprune._version import __version__
 from fxprune.cli import kinds, main, shares
 from fxprune.errors import FxPruneError, VerificationError
@@ -106,7 +105,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(commands, "load_source", fail)
+    monkeypatch.setattr("fxprune.commands.common.load_source", fail)
 
 
 # --- help ------------------------------------------------------------------------------------------------------------------------
@@ -159,7 +158,7 @@ def test_defaults_are_those_of_the_library(run: Run, monkeypatch: pytest.MonkeyP
         seen.update(options)
         raise FxPruneError("seen enough")
 
-    monkeypatch.setattr(commands, "prune_model", prune_model)
+    monkeypatch.setattr("fxprune.commands.prune.prune_model", prune_model)
     assert run("prune", "dense", "-o", "out", "--ratio", "0.2").status == 1
     signature = inspect.signature(prune).parameters
     for name in ("criterion", "aggregation", "samples", "length", "batch_size", "seed", "layers_by", "calibration", "check"):
@@ -528,17 +527,17 @@ def raising(error: BaseException) -> Callable[..., None]:
 
 def test_exit_statuses(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("groups", "dense")
-    monkeypatch.setattr(commands, "groups", raising(VerificationError("it differs")))
+    monkeypatch.setattr("fxprune.commands.groups.run", raising(VerificationError("it differs")))
     assert run(*arguments) == Ran(1, "", "fxprune: it differs\n")
     wrapped = Exception("PassManager says")
     wrapped.__cause__ = VerificationError("it differs")
-    monkeypatch.setattr(commands, "groups", raising(wrapped))
+    monkeypatch.setattr("fxprune.commands.groups.run", raising(wrapped))
     assert run(*arguments) == Ran(1, "", "fxprune: it differs\n")
     with pytest.raises(Exception, match="PassManager says"):  # -vv is for tracebacks
         main([*arguments, "-vv"])
-    monkeypatch.setattr(commands, "groups", raising(KeyboardInterrupt()))
+    monkeypatch.setattr("fxprune.commands.groups.run", raising(KeyboardInterrupt()))
     assert run(*arguments) == Ran(130, "", "fxprune: interrupted; nothing was written\n")
-    monkeypatch.setattr(commands, "groups", raising(ZeroDivisionError("a bug")))
+    monkeypatch.setattr("fxprune.commands.groups.run", raising(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError, match="a bug"):  # a bug is not dressed up as a user's mistake
         main([*arguments])
 

@@ -1,0 +1,96 @@
+"""What the commands share: loading, progress, printing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from ..api import PruneResult
+from ..checkpoint.source import load_source
+from ..errors import UsageError
+from ..groups import family_of
+
+console = Console(stderr=True)
+
+
+def quiet_libraries() -> None:
+    """No progress bars of other libraries between ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error with the time left; silent when that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield advance
+
+
+def load_model(arguments: argparse.Namespace, *, meta: bool = False) -> tuple[nn.Module, Any]:
+    """The model and tokenizer (or None) that the arguments name, on their device."""
+    quiet_libraries()
+    _check_device(arguments.device)
+    model, tokenizer = load_source(arguments.model, dtype=arguments.dtype, meta=meta)
+    try:
+        return (model if meta else model.to(arguments.device)), tokenizer
+    except RuntimeError as error:
+        raise UsageError(f"cannot use device '{arguments.device}': {str(error).splitlines()[0]}") from error
+
+
+def _check_device(device: str) -> None:
+    """Try a device out before a model is loaded."""
+    if device.partition(":")[0] == "meta":
+        raise UsageError("cannot use device 'meta': it holds no numbers; to see groups without weights, say groups --meta")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"cannot use device '{device}': {str(error).splitlines()[0]}") from error
+
+
+def describe_widths(widths: Mapping[str, list[int]], dropped: Any) -> list[str]:
+    """One line for each family of groups."""
+    families: dict[str, set[tuple[int, int]]] = {}
+    for name, (before, after) in widths.items():
+        families.setdefault(family_of(name), set()).add((before, after))
+    lines = [f"dropped: {', '.join(dropped)}"] if dropped else []
+    for family, sizes in families.items():
+        befores, afters = sorted({b for b, _ in sizes}), sorted({a for _, a in sizes})
+        spread = str(afters[0]) if len(afters) == 1 else f"{afters[0]} to {afters[-1]}"
+        lines.append(f"{family}: {', '.join(map(str, befores))} -> {spread}")
+    return lines
+
+
+def show_result(result: PruneResult) -> None:
+    """A short account of a prune, on standard error."""
+    report = result.report
+    console.print(f"parameters  {report.parameters_before:,} -> {report.parameters_after:,}  ({-report.removed:+.2%})")
+    for line in describe_widths(report.widths, report.dropped):
+        console.print(f"  {line}")
+    if report.verify is not None:
+        console.print(f"verified    relative error {report.verify.max_rel_error:.1e} against the {report.verify.reference}")
+    if report.eager_error is not None:
+        console.print(f"eager model relative error {report.eager_error:.1e} against the rewritten graph; form: {report.form}")
+    if report.note:
+        console.print(f"note        {report.note}", markup=False)
+
+
+def dump(data: Any) -> None:
+    """Print JSON on standard output."""
+    print(json.dumps(data, indent=1))

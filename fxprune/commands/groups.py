@@ -1,0 +1,36 @@
+"""``fxprune groups``."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from ..api import example_inputs
+from ..capture import trace
+from ..coupling import shared_groups, why, write_graph
+from ..groups import Groups
+from ..passes.dependency import find_groups
+from ..table import group_rows, group_table, wide_console
+from .common import console, dump, load_model
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show the prune groups of a model."""
+    model, _ = load_model(arguments, meta=arguments.meta)
+    found: Groups = find_groups(trace(model, example_inputs(model)))
+    if arguments.why:
+        why(found, *arguments.why)  # says so if they share no group
+        for name in shared_groups(found, *arguments.why):
+            print(f"{name}:")
+            for step in why(found, *arguments.why, group=name):
+                print(f"  {step}")
+        return 0
+    if arguments.export:
+        write_graph(found.to_networkx(), arguments.export)
+        console.print(f"wrote {arguments.export}")
+        return 0
+    if arguments.json:
+        dump([asdict(row) for row in group_rows(found)])
+        return 0
+    wide_console().print(group_table(found, only_prunable=arguments.prunable, expand=arguments.expand))
+    return 0

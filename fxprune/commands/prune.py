@@ -1,0 +1,118 @@
+"""``fxprune prune``."""
+
+from __future__ import annotations
+
+import argparse
+from os.path import samefile
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from ..api import check_layers_by, example_inputs
+from ..api import prune as prune_model
+from ..calibration import read_texts
+from ..capture import trace
+from ..checkpoint.save import check_target
+from ..cost import costs
+from ..criteria import check_aggregation, find_criterion
+from ..errors import UsageError
+from ..passes.dependency import find_groups
+from ..passes.importance import score
+from ..passes.selection import Selection, select
+from ..plan import PrunePlan
+from .common import console, describe_widths, dump, load_model, progress, show_result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prune a model and write a checkpoint."""
+    plan, selection = _checked(arguments)
+    model, tokenizer = load_model(arguments)
+    if arguments.dry_run:
+        return _dry_run(model, plan, selection)
+    if arguments.calibration and tokenizer is None:
+        raise UsageError(f"calibration text needs a tokenizer, and there is none beside '{arguments.model}'")
+    with progress() as advance:
+        result = prune_model(
+            model,
+            calibration=arguments.calibration,
+            tokenizer=tokenizer,
+            criterion=arguments.criterion,
+            aggregation=arguments.aggregation,
+            selection=selection,
+            plan=plan,
+            samples=arguments.samples,
+            length=arguments.length,
+            batch_size=arguments.batch_size,
+            layers_by=arguments.layers_by,
+            seed=arguments.seed,
+            check=not arguments.no_verify,
+            progress=advance,
+        )
+    result.save_pretrained(arguments.output, overwrite=arguments.overwrite)
+    show_result(result)
+    print(arguments.output)
+    return 0
+
+
+def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection | None]:
+    """What to remove; everything that can be refused without a model is refused here, before one is loaded."""
+    if not arguments.dry_run:
+        if not arguments.output:
+            raise UsageError("name an output directory with -o (or add --dry-run)")
+        check_target(arguments.output, overwrite=arguments.overwrite)
+        if Path(arguments.output).exists() and Path(arguments.model).exists() and samefile(arguments.output, arguments.model):
+            raise UsageError(f"the output '{arguments.output}' is the model itself; choose another directory")
+    find_criterion(arguments.criterion)
+    check_aggregation(arguments.aggregation)
+    check_layers_by(arguments.layers_by)
+    if arguments.calibration:
+        read_texts(arguments.calibration)
+    if not arguments.plan:
+        return None, _selection(arguments)
+    for name in ("ratio", "units", "kinds"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--plan replays a plan as it is: leave out --{name}")
+    if not Path(arguments.plan).is_file():
+        raise UsageError(f"there is no plan file '{arguments.plan}'")
+    return PrunePlan.load(arguments.plan), None
+
+
+def _selection(arguments: argparse.Namespace) -> Selection:
+    if (arguments.ratio is None) == (arguments.units is None):
+        raise UsageError(
+            "say what to remove: one of --ratio (share of all parameters), --units (share of units) and --plan (a file)"
+        )
+    options: dict[str, Any] = {"ratio": arguments.ratio, "units": arguments.units}
+    if arguments.kinds is not None:
+        options["kinds"] = arguments.kinds
+    for name in ("ranking", "widths", "protect_first", "protect_last", "protect", "multiple", "floor"):
+        options[name] = getattr(arguments, name)
+    return Selection(**options)
+
+
+def _dry_run(model: nn.Module, plan: PrunePlan | None, selection: Selection | None) -> int:
+    """Widths and cost from shapes; which units they are is decided by magnitude, which needs no calibration."""
+    gm = trace(model, example_inputs(model))
+    groups = find_groups(gm)
+    if plan is None:
+        assert selection is not None
+        plan = select(groups, score(gm, groups, criterion="l1"), selection)
+    else:
+        plan.check(groups)
+    before, after = costs(groups, plan)
+    table = Table(title="Dry run: nothing was scored with calibration, nothing was written")
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, unit in (("parameters", 1), ("bytes", 1), ("macs", 1)):
+        b, a = getattr(before, name) / unit, getattr(after, name) / unit
+        label = {"bytes": "parameter bytes", "macs": "multiply-accumulates per token"}.get(name, name)
+        table.add_row(label, f"{b:,.0f}", f"{a:,.0f}", f"{a / b - 1:+.1%}")
+    console.print(table)
+    for line in describe_widths({n: [groups[n].size, len(u)] for n, u in plan.keep.items()}, plan.drop):
+        console.print(line)
+    if note := plan.recipe.get("note"):
+        console.print(f"Note: {note}", markup=False)
+    dump({"before": before.to_json(), "after": after.to_json(), "drop": list(plan.drop), "keep": plan.counts()})
+    return 0
