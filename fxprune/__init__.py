@@ -13,29 +13,45 @@ if TYPE_CHECKING:
     from .api import prune as prune
     from .capture import trace as trace
     from .checkpoint.load import load as load
+    from .evaluation.result import Evaluation as Evaluation
+    from .evaluation.run import evaluate as evaluate
     from .groups import Groups as Groups
     from .groups import PruneGroup as PruneGroup
+    from .passes.compensation import compensate as compensate
     from .passes.dependency import find_groups as find_groups
     from .passes.importance import score as score
     from .passes.influence import block_influence as block_influence
     from .passes.rewrite import rewrite as rewrite
     from .passes.selection import Selection as Selection
     from .passes.selection import select as select
+    from .passes.sensitivity import measure_curves as measure_curves
     from .passes.verify import verify as verify
     from .plan import PrunePlan as PrunePlan
+    from .recovery.result import RecoveryReport as RecoveryReport
+    from .recovery.result import RecoveryResult as RecoveryResult
+    from .recovery.run import recover as recover
+    from .recovery.settings import Recovery as Recovery
     from .rules import rule as rule
 
 _WHERE = {
+    "Evaluation": ".evaluation.result",
     "Groups": ".groups",
     "PruneGroup": ".groups",
     "PrunePlan": ".plan",
     "PruneReport": ".api",
     "PruneResult": ".api",
+    "Recovery": ".recovery.settings",
+    "RecoveryReport": ".recovery.result",
+    "RecoveryResult": ".recovery.result",
     "Selection": ".passes.selection",
     "block_influence": ".passes.influence",
+    "compensate": ".passes.compensation",
+    "evaluate": ".evaluation.run",
     "find_groups": ".passes.dependency",
     "load": ".checkpoint.load",
+    "measure_curves": ".passes.sensitivity",
     "prune": ".api",
+    "recover": ".recovery.run",
     "rewrite": ".passes.rewrite",
     "rule": ".rules",
     "score": ".passes.importance",

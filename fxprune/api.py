@@ -7,39 +7,35 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from .calibration import BATCH, LENGTH, SAMPLES, Calibration, load_calibration, vocabulary_of
+from .calibration import Calibration, vocabulary_of
 from .capture import quiet, trace
 from .checkpoint.config import Unsolved, solve_config
-from .checkpoint.eager import Surgery, call, judge, operate
+from .checkpoint.eager import Surgery, call, judge, new_biases, operate, padded, sliced_state
 from .checkpoint.save import save_pruned
-from .criteria import Criterion, UserCriterion, check_aggregation, find_criterion
-from .errors import CheckpointError, UsageError, VerificationError, nearest
+from .criteria import Criterion, UserCriterion
+from .errors import CheckpointError, UsageError, VerificationError
 from .groups import Groups
+from .passes.compensation import Compensation, compensate
 from .passes.dependency import groups_of
-from .passes.importance import Loss, score
-from .passes.influence import block_influence
+from .passes.importance import Loss
 from .passes.rewrite import rewrite
-from .passes.selection import LAYERS, Selection, select
+from .passes.selection import Selection
 from .passes.verify import VerifyReport, relative_error, tolerance_of, verify
 from .plan import PrunePlan
+from .planning import Material, make_plan, settle
+from .recipes import RecipeLike
 
 log = logging.getLogger("fxprune")
 
 Progress = Callable[[str, int, int], None]
-
-LAYERS_BY = ("influence", "first")
-
-CRITERION = "taylor2"
-"""The default criterion; see `fxprune.criteria.CRITERIA`."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,9 @@ class PruneReport:
         bytes_after: Parameter memory of the pruned one.
         widths: For each pruned group ``[before, after]``.
         dropped: Blocks removed whole.
-        verify: What verification measured, or None if it was switched off.
+        verify: What verification measured (before any compensation), or None if it was switched off.
+        compensation: What was done to make up for the units that went, or None.
+        data: Calibration text that was read: ``use``, ``name`` and ``sketch`` (`fxprune.data.overlap`).
         eager_error: Relative error of the eager pruned model against the rewritten graph, on the example inputs.
         form: ``uniform`` (a stock class), ``per-layer``, ``module`` (no Hugging Face model), or ``graph``: the eager class computes
             something from a pruned size, so only the rewritten graph exists.
@@ -77,6 +75,8 @@ class PruneReport:
     seconds: dict[str, float]
     versions: dict[str, str]
     verify_tolerance: float
+    compensation: dict[str, Any] | None = None
+    data: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def removed(self) -> float:
@@ -159,19 +159,24 @@ def prune(
     model: nn.Module,
     ratio: float | None = None,
     *,
+    recipe: RecipeLike = None,
     calibration: Calibration = None,
     tokenizer: Any = None,
     inputs: Any = None,
     graph: GraphModule | None = None,
-    criterion: str | Criterion | UserCriterion = CRITERION,
-    aggregation: str = "sum",
+    criterion: str | Criterion | UserCriterion | None = None,
+    aggregation: str | None = None,
+    compensation: str | None = None,
     selection: Selection | None = None,
     plan: PrunePlan | None = None,
     loss: Loss | None = None,
-    layers_by: str = "influence",
-    samples: int = SAMPLES,
-    length: int = LENGTH,
-    batch_size: int = BATCH,
+    layers_by: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    batch_size: int | None = None,
+    levels: int | None = None,
+    sensitivity_samples: int | None = None,
+    rounds: int | None = None,
     seed: int = 0,
     verify_inputs: Any = None,
     check: bool = True,
@@ -179,11 +184,13 @@ def prune(
     progress: Progress | None = None,
     **options: Any,
 ) -> PruneResult:
-    """Prune a model: trace, find groups, score, select, rewrite, verify, operate on the eager model.
+    """Prune a model: trace, find groups, score, select, rewrite, verify, compensate, operate on the eager model.
 
     Args:
         model: A Hugging Face model or any module; it is not changed.
         ratio: Share of all parameters to remove, 0.2 for 20 %. Or give ``selection`` / ``plan`` / ``units``.
+        recipe: A name from `fxprune.recipes.RECIPES`, a YAML file, or a mapping: what the arguments below are where they are not
+            given. None is ``default``, or with a criterion that needs no calibration a prune that needs none.
         calibration: Text to score with: None (the model samples its own, seeded), a file, a ``datasets`` name, a list of strings,
             or ready batches; see `fxprune.calibration.load_calibration`.
         tokenizer: For calibration text; saved with the checkpoint.
@@ -192,14 +199,18 @@ def prune(
             give the ``inputs`` that it was traced with.
         criterion: See `fxprune.criteria.CRITERIA`.
         aggregation: See `fxprune.criteria.AGGREGATIONS`.
+        compensation: See `fxprune.passes.compensation`.
         selection: Targets and constraints; or give fields of `fxprune.passes.selection.Selection` as keywords.
-        plan: A ready plan to replay; nothing is scored or selected.
+        plan: A ready plan to replay; nothing is scored or selected, and nothing compensated unless ``compensation`` says so.
         loss: ``(outputs, batch) -> scalar`` for models without next-token loss.
         layers_by: For kind ``layers``: ``influence`` (least measured influence goes first) or ``first`` (the first ones stay, as in
             LLM-Pruner's layer-wise baseline).
         samples: Calibration samples.
         length: Tokens of each.
         batch_size: Samples at a time.
+        levels: For ``measured`` ranking: into how many steps each group is cut.
+        sensitivity_samples: For ``measured`` ranking: how many of the samples the loss is measured on.
+        rounds: For ``measured`` ranking: how often the loss is measured; from the second time on with the other groups pruned.
         seed: For calibration sampling and random scores.
         verify_inputs: What to verify on; by default the example inputs.
         check: Verify (on by default).
@@ -217,18 +228,29 @@ def prune(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"expected a torch.nn.Module to prune, got {type(model).__name__}")
-    scoring = _Scoring(criterion, aggregation, calibration, layers_by, samples, length, batch_size, seed)
-    scoring.check()
-    chosen = _target(ratio, selection, plan, options)
+    given = {
+        "criterion": criterion,
+        "aggregation": aggregation,
+        "compensation": compensation,
+        "layers_by": layers_by,
+        "samples": samples,
+        "length": length,
+        "batch_size": batch_size,
+        "levels": levels,
+        "sensitivity_samples": sensitivity_samples,
+        "rounds": rounds,
+    }
+    how, chosen = settle(recipe, given, ratio, selection, plan, options, seed)
     clock = _Clock()
     example = inputs if inputs is not None else example_inputs(model)
     if graph is not None and {id(p) for p in graph.parameters()} - {id(p) for p in model.parameters()}:
         raise UsageError("graph= is the trace of another model: its parameters are not this model's")
     gm: GraphModule = graph if graph is not None else clock("trace", trace, model, example)
     groups: Groups = clock("groups", groups_of, gm)
+    material = Material(calibration, model, tokenizer, how, clock)
     if plan is None:
         assert chosen is not None
-        plan = _make_plan(model, gm, groups, chosen, scoring, tokenizer=tokenizer, loss=loss, clock=clock, progress=progress)
+        plan = make_plan(gm, groups, chosen, how, material, loss=loss, clock=clock, progress=progress)
     small: GraphModule = clock("rewrite", rewrite, gm, plan)
     probe = verify_inputs if verify_inputs is not None else example
     checked: VerifyReport | None = None
@@ -240,7 +262,10 @@ def prune(
                 f"the pruned network differs from its reference ({checked.reference}): relative error "
                 f"{checked.max_rel_error:.2e}, allowed {checked.tolerance:.0e}; nothing was written"
             )
-    form, eager, error, note = clock("eager", _eager, model, groups, plan, small, probe, allowed)
+    made_up: Compensation | None = None
+    if how.compensation != "none":
+        made_up = clock("compensation", compensate, gm, small, plan, material.batches(), method=how.compensation, progress=progress)
+    form, eager, error, note = clock("eager", _eager, model, groups, plan, small, probe, allowed, made_up.added if made_up else ())
     if form == "graph":
         note += _trace_differs(model, gm, probe, allowed)
     after = sum(p.numel() for p in small.parameters())
@@ -259,6 +284,8 @@ def prune(
         seconds=clock.seconds,
         versions=versions(),
         verify_tolerance=allowed,
+        compensation=made_up.to_json() if made_up else None,
+        data=material.seen(),
     )
     return PruneResult(
         graph_module=small,
@@ -289,100 +316,18 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(0, vocabulary[0], (2, 16), generator=generator).to(device)}
 
 
-def _target(
-    ratio: float | None, selection: Selection | None, plan: PrunePlan | None, options: Mapping[str, Any]
-) -> Selection | None:
-    """The selection to make, None where a plan is replayed; contradictions are refused."""
-    fields = [f.name for f in dataclass_fields(Selection)]
-    for name in options:
-        if name not in fields:
-            raise UsageError(f"unknown option '{name}'; {nearest(name, fields)}")
-    given = [*(["ratio"] if ratio is not None else []), *options]
-    if plan is not None and (given or selection is not None):
-        raise UsageError(f"plan= is replayed as it is: leave out {(given or ['selection'])[0]}=")
-    if selection is not None and given:
-        raise UsageError(f"selection= says what to remove: leave out {given[0]}=")
-    return selection if plan is not None or selection is not None else Selection(ratio=ratio, **options)
-
-
-def check_layers_by(layers_by: str) -> None:
-    """Raise `UsageError` unless blocks can be ranked that way."""
-    if layers_by not in LAYERS_BY:
-        raise UsageError(f"unknown layers_by '{layers_by}'; {nearest(str(layers_by), LAYERS_BY)}")
-
-
-@dataclass(frozen=True)
-class _Scoring:
-    """How `prune` scores: the arguments that belong together."""
-
-    criterion: str | Criterion | UserCriterion
-    aggregation: str
-    calibration: Calibration
-    layers_by: str
-    samples: int
-    length: int
-    batch_size: int
-    seed: int
-
-    def check(self) -> None:
-        find_criterion(self.criterion)
-        check_aggregation(self.aggregation)
-        check_layers_by(self.layers_by)
-
-    def recipe(self, calibration: str) -> dict[str, Any]:
-        found = find_criterion(self.criterion)
-        return {
-            "criterion": found.name if isinstance(found, Criterion) else getattr(found, "__name__", "callable"),
-            "aggregation": self.aggregation,
-            "layers_by": self.layers_by,
-            "calibration": calibration,
-            "samples": self.samples,
-            "length": self.length,
-            "seed": self.seed,
-        }
-
-
-def _make_plan(
-    model: nn.Module,
-    gm: GraphModule,
-    groups: Groups,
-    chosen: Selection,
-    how: _Scoring,
-    *,
-    tokenizer: Any,
-    loss: Loss | None,
-    clock: _Clock,
-    progress: Progress | None,
-) -> PrunePlan:
-    """Calibrate what needs it, score, select."""
-    found = find_criterion(how.criterion)
-    units = any(pace > 0 for kind, pace in chosen.pace.items() if kind != LAYERS)
-    measured = chosen.pace.get(LAYERS, 0) > 0 and how.layers_by == "influence"
-    batches: Sequence[Mapping[str, torch.Tensor]] = []
-    described = "none"
-    if measured or (units and (not isinstance(found, Criterion) or found.gradient)):
-        shape = {"samples": how.samples, "length": how.length, "batch_size": how.batch_size, "seed": how.seed}
-        batches, described = clock("calibration", load_calibration, how.calibration, model=model, tokenizer=tokenizer, **shape)
-    scores = {}
-    if units:
-        options = {"aggregation": how.aggregation, "loss": loss, "seed": how.seed, "progress": progress}
-        scores = clock("importance", score, gm, groups, criterion=how.criterion, calibration=batches, **options)
-    influence = clock("influence", block_influence, gm, groups, batches) if measured else None
-    plan: PrunePlan = clock("selection", select, groups, scores, chosen, block_scores=influence, recipe=how.recipe(described))
-    return plan
-
-
 def _eager(
-    model: nn.Module, groups: Groups, plan: PrunePlan, small: GraphModule, probe: Any, tolerance: float
+    model: nn.Module, groups: Groups, plan: PrunePlan, small: GraphModule, probe: Any, tolerance: float, added: Sequence[str]
 ) -> tuple[str, Surgery | None, float | None, str]:
     """The eager pruned model: a stock class with a solved configuration if there is one, else resized modules."""
     with torch.no_grad():
         reference = call(small, probe)
-    same = judge(reference, probe, tolerance)
+    same = judge(reference, probe, tolerance, padded(model, probe))
     note = ""
     if hasattr(model, "config") and hasattr(model, "save_pretrained"):
         try:
-            stock = _stock(model, solve_config(model, groups, plan), small, groups, plan)
+            shapes = {n: tuple(p.shape) for n, p in new_biases(small, plan, added).items()}
+            stock = _stock(model, solve_config(model, groups, plan, shapes), small, groups, plan, added)
             failure = same(stock)
             if failure is None:
                 return "uniform", Surgery(stock), _error(reference, stock, probe), ""
@@ -395,7 +340,7 @@ def _eager(
     else:
         form = "module"
     try:
-        surgery = operate(model, small, groups, plan, same)
+        surgery = operate(model, small, groups, plan, same, added)
     except CheckpointError as problem:
         return "graph", None, None, str(problem)
     return form, surgery, _error(reference, surgery.model, probe), note
@@ -418,15 +363,13 @@ def _error(reference: Any, eager: nn.Module, probe: Any) -> float:
         return relative_error(reference, call(eager, probe))
 
 
-def _stock(model: Any, config: Any, small: GraphModule, groups: Groups, plan: PrunePlan) -> nn.Module:
+def _stock(model: Any, config: Any, small: GraphModule, groups: Groups, plan: PrunePlan, added: Sequence[str]) -> nn.Module:
     """A model of the stock class and solved configuration, with the sliced weights."""
     from accelerate import init_empty_weights
 
-    from .checkpoint.eager import sliced_state
-
     with init_empty_weights(include_buffers=False):
         stock = type(model)(config)
-    state = sliced_state(model, small, groups, plan)
+    state = sliced_state(model, small, groups, plan, added)
     frozen = {n for n, t in state.items() if isinstance(t, nn.Parameter) and not t.requires_grad}
     try:
         _, unexpected = stock.load_state_dict(state, strict=False, assign=True)
@@ -435,6 +378,12 @@ def _stock(model: Any, config: Any, small: GraphModule, groups: Groups, plan: Pr
     stock.tie_weights()
     for name in frozen:  # load_state_dict thaws them
         stock.get_parameter(name).requires_grad_(False)
+    if added:  # the switch that brought our biases may have brought others
+        for name, parameter in list(stock.named_parameters()):
+            if parameter.is_meta and name.endswith(".bias"):
+                owner, beside = stock.get_submodule(name.rpartition(".")[0]), next(iter(state.values()))
+                zeros = torch.zeros(parameter.shape, dtype=beside.dtype, device=beside.device)
+                owner._parameters["bias"] = nn.Parameter(zeros, parameter.requires_grad)
     left = [n for n, p in stock.named_parameters() if p.is_meta]
     if left or unexpected:
         raise CheckpointError(

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from .data.sources import parse_sources, reason, texts
 from .errors import FxPruneError, UsageError
 
 Calibration: TypeAlias = "str | os.PathLike[str] | Sequence[str] | Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None"
 
 SAMPLES, LENGTH, BATCH = 32, 128, 8
 """Defaults; LLM-Pruner takes 10 samples of 64 tokens."""
-
-TEXT_FIELDS = ("text", "content", "document", "instruction")
 
 
 def load_calibration(
@@ -38,7 +33,8 @@ def load_calibration(
 
     Args:
         source: None: ``samples`` sequences sampled from the model itself, seeded; no data is needed. A path to a ``.txt``,
-            ``.json``, ``.jsonl`` file (``.gz`` too). A ``datasets`` name as ``name``, ``name:split`` or ``name:config:split``.
+            ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file (``.gz`` too). A ``datasets`` name as ``name``, ``name:split`` or
+            ``name:config:split``. ``[column]`` after either names the column of text.
             A list of strings. Or a ready batch or a list of them, used as they are.
         model: Samples its own text; gives the device.
         tokenizer: Needed for text.
@@ -62,9 +58,9 @@ def load_calibration(
     if source is None:
         ids = sample_from(model, samples, length, seed)
         return _batches(ids, batch_size), f"{samples} x {length} tokens sampled from the model, seed {seed}"
-    texts: Iterable[str]
+    given: Iterable[str]
     if isinstance(source, str | os.PathLike):
-        texts, label = read_texts(source), os.fspath(source)
+        given, label = read_texts(source), os.fspath(source)
         label = os.path.basename(label) if os.path.isfile(label) else label
     else:
         items: list[Any] = [source] if isinstance(source, Mapping) else list(source)
@@ -72,10 +68,10 @@ def load_calibration(
             return items, f"{len(items)} batch{'es' if len(items) > 1 else ''} given"
         if not items or not all(isinstance(i, str) for i in items):
             raise UsageError("calibration is a list of strings or of batches (mappings of tensors), and must not be empty")
-        texts, label = items, f"{len(items)} given texts"
+        given, label = items, f"{len(items)} given texts"
     if tokenizer is None:
         raise UsageError("calibration text needs a tokenizer: pass tokenizer=, or leave calibration out")
-    ids = encode(tokenizer, texts, wanted=samples * length * 8)
+    ids = encode(tokenizer, given, wanted=samples * length * 8)
     if len(ids) < length:
         raise UsageError(f"the calibration text '{label}' has {len(ids)} tokens, fewer than one sample of {length}")
     generator = torch.Generator().manual_seed(seed)
@@ -105,79 +101,17 @@ def _chunks(texts: Iterable[str], size: int = 256) -> Iterator[list[str]]:
 
 
 def read_texts(source: str | os.PathLike[str]) -> Iterable[str]:
-    """Texts of a file or of a ``datasets`` name.
+    """Texts of a file or of a ``datasets`` name, as `fxprune.data.parse_sources` takes it; not a mixture.
 
     Raises:
-        UsageError: There is no such file or dataset (the latter when it is read), or no column of text in it.
+        UsageError: There is no such file or dataset (the latter when it is read), the file is damaged, there is no column of text
+            in it, or several sources are named.
     """
-    name = os.fspath(source)
-    path = Path(name)
-    suffixes = [s for s in path.suffixes if s != ".gz"]
-    if path.is_file():
-        return _read_file(path, suffixes[-1] if suffixes else ".txt")
-    looks = path.suffix in (".txt", ".json", ".jsonl", ".parquet", ".csv", ".gz")
-    if looks or path.is_absolute() or name.startswith("."):
-        raise UsageError(f"there is no file '{name}'")
-    return _dataset(name)
-
-
-def _read_file(path: Path, kind: str) -> Iterable[str]:
-    if kind not in (".txt", ".json", ".jsonl"):
-        raise UsageError(f"'{path.name}' is neither .txt, .json nor .jsonl (.gz allowed)")
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            text = file.read()
-        if kind == ".txt":
-            return [line for line in text.split("\n") if line.strip()]
-        rows = json.loads(text) if kind == ".json" else list(_lines(text))
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise UsageError(f"cannot read '{path.name}' as {kind[1:]}: {_reason(error)}") from error
-    if not isinstance(rows, list):
-        raise UsageError(f"'{path.name}' must hold a list of texts or of rows with a column of text, not a {type(rows).__name__}")
-    return [_text_of(row, path.name) for row in rows]
-
-
-def _lines(text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
-
-
-def _text_of(row: Any, where: str) -> str:
-    if isinstance(row, str):
-        return row
-    if not isinstance(row, Mapping):
-        raise UsageError(f"'{where}' must hold texts or rows with a column of text, not a {type(row).__name__}")
-    field = next((f for f in TEXT_FIELDS if isinstance(row.get(f), str)), None)
-    if field is None:
-        raise UsageError(f"'{where}' has no column of text; it has {', '.join(row)}, wanted one of {', '.join(TEXT_FIELDS)}")
-    return str(row[field])
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
-
-
-def _dataset(name: str) -> Iterator[str]:
-    import datasets
-
-    repo, *rest = name.split(":")
-    config = rest[0] if len(rest) == 2 else None
-    split = rest[-1] if rest else "train"
-    try:
-        for row in datasets.load_dataset(repo, config, split=split, streaming=True):
-            yield _text_of(row, name)
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(
-            f"'{name}' is neither a file nor a dataset that can be loaded ({_reason(error)}); "
-            "write name, name:split or name:config:split"
-        ) from error
+    found = parse_sources(source)
+    if len(found) > 1:
+        raise UsageError(f"one source of text is read here, and '{os.fspath(source)}' names {len(found)}")
+    read = texts(found[0])
+    return read if found[0].file is None else list(read)
 
 
 def sample_from(model: nn.Module, samples: int, length: int, seed: int) -> Tensor:
@@ -238,7 +172,7 @@ def _next(model: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         IndexError,
     ) as error:  # too long for its positions, an encoder-decoder, or no language model at all
         raise UsageError(
-            f"{type(model).__name__} cannot sample its own calibration text ({_reason(error)}): pass calibration="
+            f"{type(model).__name__} cannot sample its own calibration text ({reason(error)}): pass calibration="
         ) from error
     logits = getattr(output, "logits", None)
     if logits is None or logits.dim() != 3:

@@ -60,6 +60,15 @@ def shares(text: str) -> float | dict[str, float]:
         raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor of the form kind=number,kind=number") from None
 
 
+def named(text: str) -> dict[str, str]:
+    """``a=FILE,b=FILE`` as a mapping."""
+    parts = [item.partition("=") for item in text.split(",")]
+    found = {name.strip(): file.strip() for name, _, file in parts}
+    if len(found) < len(parts) or not all([*found, *found.values()]):
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form name=FILE,name=FILE with a different name for each")
+    return found
+
+
 def _mapping(text: str) -> dict[str, float]:
     try:
         return {k.strip(): float(v) for k, v in (item.split("=") for item in text.split(","))}
@@ -82,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", parents=[common, loading], help="check a written checkpoint against its dense model")
     verify.add_argument("--dense", required=True, metavar="MODEL", help="the dense model it was pruned from")
     _eval(commands.add_parser("eval", parents=[common, loading], help="perplexity of a model on a text"))
+    _recover(commands.add_parser("recover", parents=[common], help="train a pruned model until it knows again what it knew"))
     demo = commands.add_parser("demo", parents=[common], help="prune SmolLM2-135M by 20 %% and show everything")
     demo.add_argument("-o", "--output", default="demo-output", help="directory to write (replaced if it exists)")
     demo.add_argument("--ratio", type=float, default=0.2, help="share of all parameters to remove (default 0.2)")
@@ -95,28 +105,34 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--ratio", type=float, help="share of all parameters, 0.2 for 20 %%")
     what.add_argument("--units", type=shares, help="instead: share of units, 0.25 or ffn=0.3,kv_heads=0.33")
     what.add_argument("--plan", help="instead: replay a plan file")
+    what.add_argument("--kinds", type=kinds, help="kinds to prune, a,b or with a pace a=1,b=0.5 (kv_heads, query_groups, ffn, ...)")
     what.add_argument(
-        "--kinds", type=kinds, help="kinds to prune, a,b or with a pace a=1,b=0.5 (default kv_heads,query_groups,ffn)"
+        "--ranking", help="how the budget is spread: local (every layer alike), global, standardised or measured (by the loss)"
     )
-    what.add_argument("--ranking", default="local", help="local (every layer alike) or global (importance per parameter)")
-    what.add_argument("--widths", default="uniform", help="uniform (loads everywhere) or per-layer")
-    what.add_argument("--protect-first", type=int, default=0, metavar="K", help="leave the first K layers whole")
-    what.add_argument("--protect-last", type=int, default=0, metavar="K", help="leave the last K layers whole")
-    what.add_argument("--protect", action="append", default=[], metavar="PATTERN", help="leave groups of this name whole")
-    what.add_argument("--multiple", type=int, default=1, help="round widths to a multiple (heads excepted)")
-    what.add_argument("--floor", type=float, default=0.0, help="least share of units that a group keeps")
-    how = parser.add_argument_group("importance")
-    how.add_argument("--criterion", default="taylor2", help="random, l1, l2, taylor_vector, taylor1, taylor2, taylor_mixed")
-    how.add_argument("--aggregation", default="sum", help="sum, mean, max, product, last, first")
+    what.add_argument("--widths", help="uniform (the same in every layer: loads everywhere) or per-layer")
+    what.add_argument("--protect-first", type=int, metavar="K", help="leave the first K layers whole")
+    what.add_argument("--protect-last", type=int, metavar="K", help="leave the last K layers whole")
+    what.add_argument("--protect", action="append", metavar="PATTERN", help="leave groups of this name whole")
+    what.add_argument("--multiple", type=int, help="round widths to a multiple (heads excepted)")
+    what.add_argument("--floor", type=float, help="least share of units that a group keeps")
+    how = parser.add_argument_group("how: all of these, and those above, are what the recipe says unless given")
+    how.add_argument(
+        "--recipe",
+        help="default, uniform, llm-pruner, flap, wanda-sp, magnitude, random, channel, or a .yaml file (default: default)",
+    )
+    how.add_argument("--criterion", help="random, l1, l2, taylor_vector, taylor1, taylor2, taylor_mixed, wanda, flap, kfac")
+    how.add_argument("--aggregation", help="sum, mean, max, product, last, first")
+    how.add_argument("--compensation", help="what makes up for the units that go: none, bias, least-squares")
     how.add_argument(
         "--calibration", help="a .txt/.json/.jsonl file (.gz too) or a datasets name; default: the model's own samples"
     )
-    how.add_argument(
-        "--layers-by", default="influence", help="for kind layers: influence (measured) or first (the first ones stay)"
-    )
-    how.add_argument("--samples", type=int, default=32, help="calibration samples (default 32)")
-    how.add_argument("--length", type=int, default=128, help="tokens of each (default 128)")
-    how.add_argument("--batch-size", type=int, default=8, help="calibration samples at a time (default 8)")
+    how.add_argument("--layers-by", help="for kind layers: influence (measured) or first (the first ones stay)")
+    how.add_argument("--samples", type=int, help="calibration samples")
+    how.add_argument("--length", type=int, help="tokens of each")
+    how.add_argument("--batch-size", type=int, help="calibration samples at a time")
+    how.add_argument("--levels", type=int, help="for measured ranking: steps into which each group is cut")
+    how.add_argument("--sensitivity-samples", type=int, help="for measured ranking: samples that the loss is measured on")
+    how.add_argument("--rounds", type=int, help="for measured ranking: how often the loss is measured")
     how.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry-run", action="store_true", help="show the plan's effect and stop; nothing is scored or written")
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison with the masked dense model")
@@ -131,14 +147,51 @@ def _groups(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--export", metavar="FILE", help="write the coupling graph as .graphml, .json or .dot")
 
 
+def _recover(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="DIR", help="a checkpoint that fxprune wrote")
+    parser.add_argument("-o", "--output", required=True, help="directory to write; the training state is kept in OUTPUT.recovering")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output directory if it exists")
+    parser.add_argument("--restart", action="store_true", help="drop the training state of an interrupted run")
+    parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
+    text = parser.add_argument_group("text", "a file, a datasets name, or a mixture: a.jsonl=0.7,b.txt=0.3")
+    text.add_argument("--data", required=True, help="what to train on: instructions, conversations or plain text")
+    text.add_argument("--validation", help="what to measure on (default: examples held out of the data)")
+    text.add_argument("--samples", help="examples read from the data (default all)")
+    how = parser.add_argument_group("training", "what is not given here is as in the recipe")
+    how.add_argument("--recipe", default="default", help="default, or llm-pruner (the paper's)")
+    how.add_argument("--teacher", metavar="MODEL", help="the dense model, for distill_weight and hidden_weight")
+    how.add_argument("--method", help="lora, or full (every parameter)")
+    how.add_argument("--rank", help="of the adapters")
+    how.add_argument("--lr", help="peak learning rate")
+    how.add_argument("--epochs", help="passes over the data")
+    how.add_argument("--max-steps", help="at most so many optimizer steps")
+    how.add_argument("--batch-size", help="sequences of an optimizer step")
+    how.add_argument("--micro-batch-size", help="sequences run at a time; fewer need less memory")
+    how.add_argument("--length", help="tokens of a packed row")
+    how.add_argument("--cutoff", help="tokens that an example is cut to")
+    how.add_argument("--seed", help="of data order, dropout and the adapters' start")
+    how.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of fxprune.Recovery")
+
+
 def _eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--text", required=True, help="a .txt/.json/.jsonl file (.gz too) or a datasets name")
-    parser.add_argument("--length", type=int, default=128, help="tokens of each window (default 128)")
-    parser.add_argument("--stride", type=int, help="tokens between windows (default: the length, no overlap)")
-    parser.add_argument("--max-windows", type=int, help="stop after so many")
-    parser.add_argument("--batch-size", type=int, default=8)
+    file = "a .txt/.json/.jsonl file (.gz too) or a datasets name"
+    parser.add_argument("--dense", metavar="MODEL", help="measure this one in the same way and show the share that is kept")
+    text = parser.add_argument_group("perplexity")
+    text.add_argument("--text", metavar="FILE", help=f"{file}; prints one line for each length")
+    text.add_argument("--texts", type=named, metavar="NAME=FILE,...", help="texts by name, such as wikitext2=FILE,ptb=FILE")
+    text.add_argument("--length", type=int, action="append", help="tokens of each window (default 128); may be given several times")
+    text.add_argument("--stride", type=int, help="tokens between windows (default: the length, no overlap)")
+    text.add_argument("--max-windows", type=int, help="stop after so many")
+    text.add_argument("--protocol", default="llm-pruner", help="how rows become tokens: llm-pruner (default) or stream")
+    tasks = parser.add_argument_group("zero-shot tasks (needs the extra eval)")
+    tasks.add_argument("--tasks", type=kinds, metavar="all|a,b", help="all seven of LLM-Pruner's tables, or some: boolq,piqa")
+    tasks.add_argument("--data", metavar="DIR", help="read boolq.jsonl.gz and so on from here (default: from the hub)")
+    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each task")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows or requests at a time (default 8)")
     parser.add_argument("--latency", action="store_true", help="measure prefill and decode too")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the table (.md) or the numbers (.json) too")
 
 
 if __name__ == "__main__":

@@ -3,21 +3,32 @@
 Each criterion turns a parameter ``w`` and its gradient ``g`` into an element-wise statistic that adds up over the elements a unit
 owns. Sources: LLM-Pruner (arXiv 2305.11627), section 3.2: vector-wise importance (eq. 3), element-wise importance (eq. 5) with the
 diagonal of the empirical Fisher in place of the Hessian (eq. 4).
+
+Activation criteria look at what the linear maps read that contract the units (``x``, ``[tokens, features]``) and at their weights
+(``W``, ``[outputs, features]``): one number a feature. Sources: Wanda (arXiv 2306.11695, eq. 1), structured as in the FLAP
+authors' Wanda-sp; FLAP (arXiv 2312.11983, eq. 5); ``kfac`` takes a feature's and its gradient's second moments as independent, as
+K-FAC does (arXiv 1503.05671): the diagonal of the factored Fisher, which is less noisy than the Fisher of few tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .errors import UsageError, nearest
 
+if TYPE_CHECKING:
+    from .passes.activations import Moments
+
 ElementScore: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """``(weight, gradient) -> statistic`` of the weight's shape; may overwrite the gradient."""
+
+FeatureScore: TypeAlias = "Callable[[Tensor, Moments], Tensor]"
+"""``(weight [outputs, features], moments) -> scores [features]``."""
 
 UserCriterion: TypeAlias = Callable[[str, Tensor, Tensor], Tensor]
 """A user's own: ``(parameter name, weight, gradient) -> scores`` of the weight's shape."""
@@ -35,6 +46,8 @@ class Criterion:
         per_sample: True if every calibration sample gives its own gradient (Fisher).
         signed: True if the statistic is summed with its sign and the absolute value is taken per unit and parameter.
         accumulate: True if the whole calibration set's gradient is needed at once, element by element.
+        feature: For activation criteria, the statistic of what a linear map reads; ``element`` is then None, and ``gradient`` says
+            whether the gradient of what is read is needed.
     """
 
     name: str
@@ -44,6 +57,12 @@ class Criterion:
     per_sample: bool = False
     signed: bool = False
     accumulate: bool = False
+    feature: FeatureScore | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.gradient or self.feature is not None
 
 
 CRITERIA = {
@@ -56,6 +75,9 @@ CRITERIA = {
         Criterion("taylor1", "sum |w g|", lambda w, g: g.mul_(w).abs_()),
         Criterion("taylor2", "sum |w h w|, h = mean g^2 over samples", lambda w, g: g.mul_(w).square_(), per_sample=True),
         Criterion("taylor_mixed", "sum |w g - w h w / 2|", per_sample=True, accumulate=True),
+        Criterion("wanda", "sum |w| sqrt(E[x^2])", gradient=False, feature=lambda w, m: w.abs().sum(0) * m.power.sqrt()),
+        Criterion("flap", "sum w^2 Var[x]", gradient=False, feature=lambda w, m: w.square().sum(0) * m.variance),
+        Criterion("kfac", "sum E[x^2] E[(dL/dx)^2]", feature=lambda w, m: m.power * m.sensitivity),
     )
 }
 

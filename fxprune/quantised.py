@@ -18,12 +18,17 @@ def refuse_quantised(model: nn.Module) -> None:
     Raises:
         UsageError: Some weight is quantised, or the configuration says that the checkpoint is.
     """
-    found = next(_quantised(model), None)
+    found = quantised_part(model)
     if found is not None:
         raise UsageError(
             f"this {type(model).__name__} is quantised ({found}), and quantised weights cannot be pruned: load it in floating "
             "point or dequantise it first (model.dequantize() in transformers), prune that, and quantise the result"
         )
+
+
+def quantised_part(model: nn.Module) -> str | None:
+    """What is quantised about a model, in words; None if nothing is."""
+    return next(_quantised(model), None)
 
 
 def _quantised(model: nn.Module) -> Iterator[str]:

@@ -109,11 +109,13 @@ def score(
         progress: Called with (what, done, total).
 
     Returns:
-        For each prunable group a float32 CPU tensor of shape ``[group.size]``, larger is more important.
+        For each prunable group a float32 CPU tensor of shape ``[group.size]``, larger is more important. Activation criteria
+        leave out groups whose units no linear map contracts (the halves of a rotary pair, for example).
 
     Raises:
         UsageError: An unknown criterion or aggregation, no calibration where it is needed, batches without the inputs that the
-            model was traced with, or a criterion or loss that returns something else than it should.
+            model was traced with, a criterion or loss that returns something else than it should, or an activation criterion for
+            a model without any linear map that contracts a prunable group.
         FxPruneError: Weights, loss or scores that are NaN or infinite.
     """
     found = find_criterion(criterion)
@@ -124,7 +126,7 @@ def score(
         generator = torch.Generator().manual_seed(seed)
         return {g.name: torch.rand(g.size, generator=generator) for g in wanted}
     ledger = _Ledger(groups, wanted)
-    if isinstance(found, Criterion) and not found.gradient:
+    if isinstance(found, Criterion) and not found.calibrated:
         assert found.element is not None
         for name in ledger.parameters:
             ledger.add(name, found.element(_wide(ledger.weight(name)), torch.empty(0)))
@@ -132,8 +134,36 @@ def score(
     if not calibration:
         label = found.name if isinstance(found, Criterion) else getattr(found, "__name__", "this")
         raise UsageError(f"criterion '{label}' needs calibration batches, and there are none")
-    _collect(gm, ledger, found, calibration, loss or causal_loss, sweeps, progress or (lambda what, done, total: None))
+    say = progress or (lambda what, done, total: None)
+    if isinstance(found, Criterion) and found.feature is not None:
+        warn_of_padding(gm, calibration)
+        return _by_features(gm, ledger, found, calibration, loss or causal_loss, aggregation, say)
+    _collect(gm, ledger, found, calibration, loss or causal_loss, sweeps, say)
     return ledger.totals(aggregation, signed=isinstance(found, Criterion) and found.signed)
+
+
+def _by_features(
+    gm: GraphModule,
+    ledger: _Ledger,
+    criterion: Criterion,
+    calibration: Sequence[Batch],
+    loss: Loss,
+    aggregation: str,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Tensor]:
+    """Scores out of what linear maps read: each counts for the groups that it contracts."""
+    from .activations import collect_moments
+    from .consumers import columns, find_consumers
+
+    assert criterion.feature is not None
+    consumers = find_consumers(gm, ledger.groups)
+    if not consumers:
+        raise UsageError(f"criterion '{criterion.name}' looks at what linear maps read, and none here contracts a prunable group")
+    moments = collect_moments(gm, consumers, calibration, loss=loss if criterion.gradient else None, progress=progress)
+    for consumer in consumers:
+        weight = columns(_wide(ledger.weight(consumer.weight)).cpu(), consumer.dim)
+        ledger.add_line(consumer.weight, consumer.dim, criterion.feature(weight.double(), moments[consumer.weight]))
+    return ledger.totals(aggregation, partial=True)
 
 
 def _check_weights(groups: Groups) -> None:
@@ -157,6 +187,7 @@ class _Ledger:
                 if member.trainable:
                     self.members.setdefault(member.name, []).append((group, member))
                     self.sums[group.name, member.name, member.dim] = torch.zeros(group.size, dtype=torch.float64)
+        self.touched: set[tuple[str, str, int]] = set()
         self._incidence: dict[tuple[str, int, str], tuple[Tensor, Tensor]] = {}
         self._shared: dict[tuple[str, int, int, str], tuple[Tensor, Tensor]] = {}
 
@@ -181,9 +212,20 @@ class _Ledger:
                 line = lines[member.dim]
             else:
                 line = lines[member.dim] = _line(statistic, member.dim)
-            units, positions = self._owners(group, member)
-            self.sums[group.name, name, member.dim].index_add_(0, units, line.index_select(0, positions), alpha=weight)
+            self._credit(group, member, line, weight)
             before.append(member)
+
+    def add_line(self, name: str, dim: int, line: Tensor) -> None:
+        """Add a statistic ``[size of dim]`` of one dimension of a parameter to the units that own its positions."""
+        for group, member in self.members[name]:
+            if member.dim == dim:
+                self._credit(group, member, line, 1.0)
+
+    def _credit(self, group: PruneGroup, member: Member, line: Tensor, weight: float) -> None:
+        units, positions = self._owners(group, member)
+        key = (group.name, member.name, member.dim)
+        self.sums[key].index_add_(0, units, line.index_select(0, positions), alpha=weight)
+        self.touched.add(key)
 
     def _owners(self, group: PruneGroup, member: Member) -> tuple[Tensor, Tensor]:
         key = (member.name, member.dim, group.name)
@@ -202,11 +244,14 @@ class _Ledger:
             out.movedim((other.dim, member.dim), (0, 1))[theirs, mine] = 0
         return out
 
-    def totals(self, aggregation: str, *, signed: bool = False) -> dict[str, Tensor]:
-        """One score per unit."""
+    def totals(self, aggregation: str, *, signed: bool = False, partial: bool = False) -> dict[str, Tensor]:
+        """One score per unit; with ``partial``, only of members and groups that anything was added to."""
         result = {}
         for group in self.wanted:
-            own = [self.sums[group.name, m.name, m.dim] for m in group.members if m.trainable]
+            keys = [(group.name, m.name, m.dim) for m in group.members if m.trainable]
+            own = [self.sums[key] for key in keys if not partial or key in self.touched]
+            if not own:
+                continue
             total = aggregate([s.abs() for s in own] if signed else own, aggregation)
             if not bool(torch.isfinite(total).all()):
                 raise FxPruneError(f"the scores of group '{group.name}' are not finite: check the calibration data and the loss")

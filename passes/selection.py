@@ -4,7 +4,9 @@ Units are removed step by step. A *lane* is what must shrink together: one group
 family (the same role in every layer), each losing its own least important units. Every step of every lane has a priority:
 
 - ``local`` ranking: the share of the lane that is gone after it, so all lanes shrink alike;
-- ``global`` ranking: the importance that the step removes per parameter it removes, so unimportant units go first.
+- ``global`` ranking: the importance that the step removes per parameter it removes, so unimportant units go first;
+- ``standardised`` ranking: the score of the step's unit in standard deviations from its group's mean (FLAP, arXiv 2312.11983);
+- ``measured`` ranking: by how much the loss rose per removed parameter when the group was cut (`fxprune.passes.sensitivity`).
 
 Steps are taken in order of priority until the target is met; a lane whose next step would overshoot stops, and the others go on.
 """
@@ -33,13 +35,15 @@ from ..spaces import Axis, Concat, Product, Space, kept_size, resolve
 from .base import Pass
 from .dependency import PLAN, groups_of
 from .importance import SCORES
+from .sensitivity import CURVES, Curves
 
 Whole: TypeAlias = npt.NDArray[np.int64]
 
 LAYERS = "layers"
 DEFAULT_KINDS = ("kv_heads", "query_groups", "ffn")
-RANKINGS = ("local", "global")
+RANKINGS = ("local", "global", "standardised", "measured")
 WIDTHS = ("uniform", "per-layer")
+NO_LAYERS = "{} ranking compares units by what goes with them; whole layers have no such score: use ranking='local'"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Selection:
             the mapping's kinds are then the eligible ones.
         kinds: Kinds that may be pruned, from `fxprune.groups.KINDS` and ``"layers"`` (whole residual blocks); a mapping gives
             each a pace: with 0.5 a kind loses units half as fast as one with 1.
-        ranking: ``local`` or ``global``.
+        ranking: ``local``, ``global``, ``standardised`` or ``measured``.
         widths: ``uniform`` (the same in every layer, loads everywhere) or ``per-layer``.
         protect_first: Layers at the start that stay whole. With ``uniform`` widths, widths in protected layers would differ: an
             error, unless only ``layers`` are dropped. So is a kind whose groups reach through all layers (``hidden``).
@@ -141,7 +145,10 @@ class Selection:
 
 
 class SelectionPass(Pass):
-    """Choose units by the scores that an `ImportancePass` left; the plan goes to ``gm.meta["fxprune.plan"]``."""
+    """Choose units by the scores that an `ImportancePass` left (and the curves that a `SensitivityPass` left).
+
+    The plan goes to ``gm.meta["fxprune.plan"]``.
+    """
 
     def __init__(
         self, selection: Selection | None = None, *, block_scores: Mapping[str, float] | None = None, **options: Any
@@ -155,7 +162,11 @@ class SelectionPass(Pass):
         if SCORES not in graph_module.meta:
             raise UsageError("no scores on the graph: run an ImportancePass before the SelectionPass")
         graph_module.meta[PLAN] = select(
-            groups_of(graph_module), graph_module.meta[SCORES], self.selection, block_scores=self.block_scores
+            groups_of(graph_module),
+            graph_module.meta[SCORES],
+            self.selection,
+            block_scores=self.block_scores,
+            curves=graph_module.meta.get(CURVES),
         )
         return PassResult(graph_module, False)
 
@@ -186,7 +197,9 @@ def select(
     selection: Selection | None = None,
     *,
     block_scores: Mapping[str, float] | None = None,
+    curves: Curves | None = None,
     recipe: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
     **options: Any,
 ) -> PrunePlan:
     """Choose the units to keep.
@@ -197,7 +210,9 @@ def select(
         selection: The target and constraints; or give its fields as keywords (``ratio=0.2``).
         block_scores: Importance of each residual block, for kind ``layers``; without it the first blocks are kept (LLM-Pruner's
             layer-wise baseline).
+        curves: For ``measured`` ranking: what `fxprune.measure_curves` returned.
         recipe: More settings to record in the plan.
+        notes: What else to say in ``plan.recipe["note"]``.
         **options: Fields of `Selection`.
 
     Returns:
@@ -208,23 +223,43 @@ def select(
         UsageError: Unknown kinds, impossible ratios or protections that match nothing.
         PlanError: The target is out of reach under the constraints; says how far it goes.
     """
-    chosen = _given(selection, options)
+    chosen, notes = _given(selection, options), list(notes)
     lanes = _lanes(groups, chosen)
+    if chosen.ranking == "measured" and chosen.units is None:
+        lanes = _with_curves(lanes, curves, notes)
     _check_scores(groups, lanes, scores)
     ranked = {n: torch.argsort(scores[n], stable=True) for lane in lanes if lane.kind != LAYERS for n in lane.names}
     blocks = _ranked_blocks(groups, chosen, block_scores)
     if chosen.units is not None:
         stops = [_stop_at(lane, chosen.share_of(lane.kind)) for lane in lanes]
     else:
-        stops = _fill(_Meter(groups, lanes, blocks), _steps(groups, lanes, chosen, scores), float(chosen.ratio or 0))
+        stops = _fill(_Meter(groups, lanes, blocks), _steps(groups, lanes, chosen, scores, curves), float(chosen.ratio or 0))
     keep, drop = _materialise(groups, lanes, stops, ranked, blocks)
     removed = 1 - groups.remaining({n: len(u) for n, u in keep.items()}, drop) / groups.total
     facts: dict[str, Any] = {**chosen.to_json(), **(recipe or {}), "removed": round(removed, 6)}
     if chosen.ratio is not None and abs(removed - chosen.ratio) > 1e-3:
-        facts["note"] = f"asked for {chosen.ratio:.2%} of the parameters; the nearest that the units allow is {removed:.2%}"
+        notes.append(f"asked for {chosen.ratio:.2%} of the parameters; the nearest that the units allow is {removed:.2%}")
+    if notes:
+        facts["note"] = "; ".join(notes)
     if not keep and not drop:
         raise PlanError("nothing would be removed: the ratio is smaller than the smallest unit, or every group is protected")
     return PrunePlan.from_keep(groups, keep, drop=drop, recipe=facts, scores=dict(scores))
+
+
+def _with_curves(lanes: Sequence[_Lane], curves: Curves | None, notes: list[str]) -> list[_Lane]:
+    """The lanes whose loss was measured; the others stay whole, and a note says so."""
+    if any(lane.kind == LAYERS for lane in lanes):
+        raise UsageError(NO_LAYERS.format("measured"))
+    if curves is None:
+        raise UsageError("ranking='measured' needs loss curves: pass curves=fxprune.measure_curves(...)")
+    left = [lane for lane in lanes if not all(name in curves for name in lane.names)]
+    if left:
+        names = [name for lane in left for name in lane.names if name not in curves]
+        notes.append(f"the loss of {len(names)} groups, such as {names[0]}, was not measured: they stay whole")
+    found = [lane for lane in lanes if lane not in left]
+    if not found:
+        raise UsageError(f"ranking='measured', but no loss curve belongs to a group that may be pruned; {notes[-1]}")
+    return found
 
 
 def _check_scores(groups: Groups, lanes: Sequence[_Lane], scores: Mapping[str, Tensor]) -> None:
@@ -357,7 +392,7 @@ def _ranked_blocks(groups: Groups, chosen: Selection, block_scores: Mapping[str,
     return first + rest
 
 
-def _steps(groups: Groups, lanes: Sequence[_Lane], chosen: Selection, scores: Mapping[str, Tensor]) -> Whole:
+def _steps(groups: Groups, lanes: Sequence[_Lane], chosen: Selection, scores: Mapping[str, Tensor], curves: Curves | None) -> Whole:
     """Each step's lane, in order of priority; the steps of one lane are in order, one for each of its stops."""
     priorities: list[npt.NDArray[np.float64]] = [np.empty(0)]
     for lane in lanes:
@@ -366,18 +401,55 @@ def _steps(groups: Groups, lanes: Sequence[_Lane], chosen: Selection, scores: Ma
             priorities.append(gone / lane.size / pace)
             continue
         if lane.kind == LAYERS:
-            raise UsageError(
-                "global ranking compares units by importance per parameter; whole layers have none: use ranking='local'"
-            )
-        rising = torch.stack([scores[n].double().cpu().sort().values for n in lane.names]).sum(0).numpy()
-        removed, cost = np.append(0.0, rising.cumsum())[gone], sum(groups[n].parameters_per_unit for n in lane.names)
-        density = np.diff(removed, prepend=0.0) / (np.diff(gone, prepend=0) * cost)
+            raise UsageError(NO_LAYERS.format(chosen.ranking))
+        if chosen.ranking == "standardised":
+            density = _standardised(lane, scores)[gone - 1]
+        else:
+            removed = _importance(lane, scores) if chosen.ranking == "global" else _measured(lane, curves or {})
+            cost = sum(groups[n].parameters_per_unit for n in lane.names)
+            density = np.diff(removed[gone], prepend=0.0) / (np.diff(gone, prepend=0) * cost)
         density = np.where(density < 0, density * pace, density / pace)
         priorities.append(np.maximum.accumulate(density) if len(density) else density)
     numbers = np.repeat(np.arange(len(lanes)), [len(lane.stops) for lane in lanes])
     within = np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(len(lane.stops)) for lane in lanes)])
     order: Whole = numbers[np.lexsort((numbers, within, np.concatenate(priorities)))]
     return order
+
+
+def _rising(lane: _Lane, scores: Mapping[str, Tensor]) -> list[Tensor]:
+    return [scores[n].double().cpu().sort().values for n in lane.names]
+
+
+def _importance(lane: _Lane, scores: Mapping[str, Tensor]) -> npt.NDArray[np.float64]:
+    """The importance that goes with the first 0, 1, 2, ... units of each of the lane's groups."""
+    return np.append(0.0, torch.stack(_rising(lane, scores)).sum(0).numpy().cumsum())
+
+
+def _standardised(lane: _Lane, scores: Mapping[str, Tensor]) -> npt.NDArray[np.float64]:
+    """The score of each next unit in standard deviations from its group's mean; the mean over the lane's groups."""
+    steps = [(s - s.mean()) / s.std().clamp_min(1e-30) if len(s) > 1 else s - s for s in _rising(lane, scores)]
+    found: npt.NDArray[np.float64] = torch.stack(steps).mean(0).numpy()
+    return found
+
+
+def _measured(lane: _Lane, curves: Curves) -> npt.NDArray[np.float64]:
+    """The loss that the first 0, 1, 2, ... units of the lane's groups cost: the lower convex hull of what was measured."""
+    total = np.zeros(lane.size + 1)
+    for name in lane.names:
+        points = _hull(curves[name])
+        total += np.interp(np.arange(lane.size + 1), [n for n, _ in points], [change for _, change in points])
+    total -= total[0]  # a curve may count from another point than the whole group
+    return total
+
+
+def _hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The lower convex hull of a curve: noise may not make the second half of a group look cheaper than the first."""
+    hull: list[tuple[int, float]] = []
+    for x, y in sorted(points):
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-1][0]) >= (y - hull[-1][1]) * (hull[-1][0] - hull[-2][0]):
+            hull.pop()
+        hull.append((x, y))
+    return hull
 
 
 class _Meter:

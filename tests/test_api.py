@@ -34,7 +34,7 @@ def tiny() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def result(dense: nn.Module) -> PruneResult:
-    return prune(dense, 0.25, criterion="l1")
+    return prune(dense, 0.25, recipe={"criterion": "l1"})
 
 
 def relative(expected: Tensor, actual: Tensor) -> float:
@@ -161,7 +161,13 @@ def test_any_module_with_inputs_of_any_form(inputs: Any) -> None:
 
     batches = [{"x": X, "scale": SCALE}] * 3
     made = prune(
-        model, units=0.5, inputs=inputs, calibration=batches, loss=loss, criterion="taylor2", progress=lambda *a: calls.append(a)
+        model,
+        units=0.5,
+        inputs=inputs,
+        calibration=batches,
+        loss=loss,
+        recipe={"criterion": "taylor2"},
+        progress=lambda *a: calls.append(a),
     )
     assert made.form == "module"
     assert made.report.widths == {"ffn": [32, 16]}

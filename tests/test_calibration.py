@@ -152,7 +152,7 @@ def test_missing_files(name: str) -> None:
             b'{"text": 3}',
             "'a.jsonl' has no column of text; it has text, wanted one of text, content, document, instruction",
         ),
-        ("a.csv", b"text\na b c", "'a.csv' is neither .txt, .json nor .jsonl (.gz allowed)"),
+        ("a.xml", b"<a/>", "'a.xml' is none of .txt, .json, .jsonl, .csv, .parquet (.gz allowed)"),
         ("a.txt", b"\xff\xfe", "cannot read 'a.txt' as txt: UnicodeDecodeError: "),
         ("a.txt.gz", b"plain", "cannot read 'a.txt.gz' as txt: BadGzipFile: Not a gzipped file (b'pl')"),
         ("a.txt.gz", gzip.compress(b"a b c" * 100, mtime=0)[:-9], "cannot read 'a.txt.gz' as txt: EOFError: "),
@@ -193,7 +193,12 @@ def test_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(batch, load(TEXTS)[0])
         assert label == f"4 x 3 tokens of {name}, seed 0"
     assert asked == [("owner/set", c, s, True) for c, s in ((None, "train"), (None, "test"), ("raw", "test"))]
-    assert error("wrong") == "'wrong' has no column of text; it has id, body, wanted one of text, content, document, instruction"
+    assert error("wrong") == (
+        "'wrong' has no column of text; it has id, body, wanted one of text, content, document, instruction; "
+        "name another as wrong[column]"
+    )
+    assert torch.equal(load("wrong[body]")[0], load(TEXTS)[0])
+    assert error("a,b=2") == "one source of text is read here, and 'a,b=2' names 2"
     assert error("lost") == (
         "'lost' is neither a file nor a dataset that can be loaded (ConnectionError: no message); "
         "write name, name:split or name:config:split"

@@ -169,7 +169,7 @@ def check(result: PruneResult, directory: Path, stock: Stock) -> nn.Module:
 
 
 def pruned(model: nn.Module, **options: Any) -> PruneResult:
-    return prune(model, criterion="l1", **options)
+    return prune(model, recipe={"criterion": "l1"}, **options)
 
 
 def stated(name: str, keep: Callable[[str, int], Any], drop: tuple[str, ...] = (), **changes: Any) -> PruneResult:
@@ -438,6 +438,7 @@ def test_two_surgeries_combined() -> None:
         "lengths": {"layers": 4},
         "renumber": {"layers": ["idx"]},
         "shapes": {"layers.0.w": [3], "layers.1.w": [2], "layers.2.w": [1], "head.w": [9]},
+        "added": {"layers.0.bias": [3], "layers.1.bias": [2], "layers.2.bias": [1], "head.bias": [9]},
         "buffers": {},
         "attributes": {"layers.1": {"a": 1}, "head": {"a": 1, "b": 2}},
         "dense": {"n_layer": 4},
@@ -446,7 +447,8 @@ def test_two_surgeries_combined() -> None:
         "drop": {"layers": [0], "others": [2]},
         "lengths": {"layers": 3, "others": 5},
         "renumber": {"layers": ["idx"], "others": []},
-        "shapes": {"layers.1.w": [7]},
+        "shapes": {"layers.1.w": [7], "layers.1.bias": [7]},
+        "added": {"others.0.bias": [4]},
         "buffers": {"b": [1]},
         "attributes": {"head": {"b": 3}},
     }
@@ -455,6 +457,7 @@ def test_two_surgeries_combined() -> None:
         "lengths": {"layers": 4, "others": 5},
         "renumber": {"layers": ["idx"], "others": []},
         "shapes": {"layers.0.w": [2], "layers.1.w": [7], "head.w": [9]},
+        "added": {"layers.0.bias": [2], "layers.1.bias": [7], "head.bias": [9], "others.0.bias": [4]},
         "buffers": {"b": [1]},
         "attributes": {"layers.0": {"a": 1}, "head": {"a": 1, "b": 3}},
         "dense": {"n_layer": 4},
@@ -548,7 +551,7 @@ def test_what_travels_along(widths: str, tmp_path: Path, tokenizer: PreTrainedTo
     model: Any = build("llama")
     model.generation_config = GenerationConfig(do_sample=False, temperature=0.5, eos_token_id=[2, 5], max_new_tokens=3)
     options: dict[str, Any] = {"widths": widths, "ranking": "global" if widths == "per-layer" else "local"}
-    result = prune(model, 0.25, criterion="l1", tokenizer=tokenizer, **options)
+    result = prune(model, 0.25, recipe={"criterion": "l1"}, tokenizer=tokenizer, **options)
     out = tmp_path / "out"
     result.save_pretrained(out)
     loaded: Any = fxprune.load(out)
@@ -647,7 +650,7 @@ def test_a_plain_module_is_loaded_into_a_copy_of_the_dense_one(
 def test_plain_module_checkpoints_that_cannot_be_read(tmp_path: Path) -> None:
     dense, x = Residual().eval(), torch.randn(4, 12)
     out = tmp_path / "out"
-    prune(dense, units=0.5, kinds="ffn", inputs={"x": x}, criterion="l1").save_pretrained(out)
+    prune(dense, units=0.5, kinds="ffn", inputs={"x": x}, recipe={"criterion": "l1"}).save_pretrained(out)
     with pytest.raises(UsageError, match=r"holds a pruned plain module: pass the dense one, fxprune\.load\(dir, model=dense\)"):
         fxprune.load(out)
     with pytest.raises(CheckpointError, match=f"cannot load '{out}' into this Pictures: .*up"):

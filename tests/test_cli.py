@@ -23,11 +23,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import fxprune
 from fxprune._version import __version__
 from fxprune.cli import kinds, main, shares
+from fxprune.commands.prune import HOW
 from fxprune.errors import FxPruneError, VerificationError
 
 from .zoo import VOCABULARY, build
 
 ROOT = Path(__file__).resolve().parents[1]
+PLAIN = ("--recipe", "magnitude", "--criterion", "l1")
+"""Equal widths by magnitude, nothing measured and nothing made up for."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -59,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(place: Path) -> Path:
     """A pruned checkpoint of the model."""
     out = place / "checkpoint"
-    assert main(["prune", str(place / "dense"), "-o", str(out), "--ratio", "0.25", "--criterion", "l1"]) == 0
+    assert main(["prune", str(place / "dense"), "-o", str(out), "--ratio", "0.25", *PLAIN]) == 0
     return out
 
 
@@ -115,7 +118,7 @@ def test_help_needs_no_torch() -> None:
     code = """
 import contextlib, io, sys
 from fxprune.cli import main
-for command in ([], ["prune"], ["groups"], ["verify"], ["eval"], ["demo"]):
+for command in ([], ["prune"], ["groups"], ["verify"], ["eval"], ["recover"], ["demo"]):
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         main([*command, "--help"])
@@ -141,8 +144,23 @@ def test_help_names_every_command_and_choice(run: Run) -> None:
     assert all(command in text for command in ("prune", "groups", "verify", "eval", "demo"))
     text = " ".join(run("prune", "--help").out.split())
     from fxprune.criteria import AGGREGATIONS, CRITERIA
+    from fxprune.passes.compensation import COMPENSATIONS
+    from fxprune.passes.selection import RANKINGS
+    from fxprune.recipes import RECIPES
 
-    for choice in (*CRITERIA, *AGGREGATIONS, "local", "global", "uniform", "per-layer", "influence", "bfloat16"):
+    for choice in (
+        *CRITERIA,
+        *AGGREGATIONS,
+        *COMPENSATIONS,
+        *RANKINGS,
+        *RECIPES,
+        "local",
+        "global",
+        "uniform",
+        "per-layer",
+        "influence",
+        "bfloat16",
+    ):
         assert choice in text
     assert run("--version") == Ran(0, f"fxprune {__version__}\n", "")
 
@@ -151,6 +169,7 @@ def test_defaults_are_those_of_the_library(run: Run, monkeypatch: pytest.MonkeyP
     import inspect
 
     from fxprune.api import prune
+    from fxprune.recipes import RECIPES
 
     seen: dict[str, Any] = {}
 
@@ -161,9 +180,12 @@ def test_defaults_are_those_of_the_library(run: Run, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("fxprune.commands.prune.prune_model", prune_model)
     assert run("prune", "dense", "-o", "out", "--ratio", "0.2").status == 1
     signature = inspect.signature(prune).parameters
-    for name in ("criterion", "aggregation", "samples", "length", "batch_size", "seed", "layers_by", "calibration", "check"):
+    for name in ("recipe", "seed", "calibration", "check"):
         assert seen[name] == signature[name].default, name
-    assert seen["selection"] == fxprune.Selection(ratio=0.2, protect=[])
+    assert not set(HOW) & set(seen)  # the recipe decides, as it does for the library
+    assert all(signature[name].default is None for name in HOW)
+    said = {k: v for k, v in RECIPES["default"].items() if k in fxprune.Selection.__dataclass_fields__}
+    assert seen["selection"] == fxprune.Selection(ratio=0.2, **said) != fxprune.Selection(ratio=0.2)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------------------
@@ -191,11 +213,23 @@ TARGET = "say what to remove: one of --ratio (share of all parameters), --units 
         ((*RATIO, "--kinds", "head,ffn"), "unknown kind 'head'; did you mean 'kv_heads'? Choose from: channels, experts, ffn, "),
         ((*RATIO, "--kinds", "0.5"), "unknown kind '0.5'; Choose from: "),
         ((*RATIO, "--kinds", ""), "no kind may be pruned: name at least one"),
-        ((*RATIO, "--ranking", "globl"), "unknown ranking 'globl'; did you mean 'global'? Choose from: global, local"),
+        (
+            (*RATIO, "--ranking", "globl"),
+            "unknown ranking 'globl'; did you mean 'global'? Choose from: global, local, measured, standardised",
+        ),
         ((*RATIO, "--widths", "unifrom"), "unknown widths 'unifrom'; did you mean 'uniform'? Choose from: per-layer, uniform"),
-        ((*RATIO, "--criterion", "tailor1"), "unknown criterion 'tailor1'; did you mean 'taylor1'? Choose from: l1, l2, random, "),
+        (
+            (*RATIO, "--criterion", "tailor1"),
+            "unknown criterion 'tailor1'; did you mean 'taylor1'? Choose from: flap, kfac, l1, l2, random, ",
+        ),
         ((*RATIO, "--aggregation", "som"), "unknown aggregation 'som'; did you mean 'sum'? Choose from: first, last, max, "),
         ((*RATIO, "--layers-by", "firts"), "unknown layers_by 'firts'; did you mean 'first'? Choose from: first, influence"),
+        ((*RATIO, "--compensation", "least"), "unknown compensation 'least'; did you mean 'least-squares'? Choose from: bias, "),
+        ((*RATIO, "--recipe", "flapp"), "unknown recipe 'flapp'; did you mean 'flap'? Choose from: channel, default, flap, "),
+        ((*RATIO, "--recipe", "mine.yaml"), "there is no recipe file 'mine.yaml'"),
+        ((*RATIO, "--levels", "0"), "levels must be at least 1, got 0"),
+        ((*RATIO, "--rounds", "0"), "rounds must be at least 1, got 0"),
+        ((*RATIO, "--sensitivity-samples", "0"), "sensitivity_samples must be at least 1, got 0"),
         ((*RATIO, "--multiple", "0"), "multiple must be a whole number, at least 1, got 0"),
         ((*RATIO, "--floor", "1"), "floor is a share of units from 0 up to (not including) 1, got 1.0"),
         ((*RATIO, "--protect-first", "-1"), "protect_first and protect_last are numbers of layers, got -1 and 0"),
@@ -318,7 +352,8 @@ def test_kinds_and_shares() -> None:
 def test_prune_prints_the_directory_and_tells_the_rest_on_stderr(run: Run, place: Path) -> None:
     ran = run(
         *("prune", "dense", "-o", "out", "--ratio", "0.2", "--calibration", "text.txt", "--samples", "6", "--length", "16"),
-        *("--batch-size", "4", "--criterion", "taylor2", "--multiple", "4", "--seed", "3"),
+        *("--batch-size", "4", "--criterion", "taylor2", "--multiple", "4", "--seed", "3", "--recipe", "uniform"),
+        *("--levels", "2", "--sensitivity-samples", "2", "--rounds", "2", "--compensation", "least-squares"),
     )
     assert (ran.status, ran.out) == (0, "out\n")
     report = json.loads((place / "out" / "fxprune_report.json").read_text())
@@ -327,6 +362,8 @@ def test_prune_prints_the_directory_and_tells_the_rest_on_stderr(run: Run, place
     assert "against the masked dense" in ran.said
     assert "form: uniform" in ran.said
     recipe = report["recipe"]
+    assert (recipe["ranking"], recipe["levels"], recipe["sensitivity_samples"], recipe["rounds"]) == ("measured", 2, 2, 2)
+    assert (recipe["compensation"], report["compensation"]["method"]) == ("least-squares", "least-squares")
     assert (recipe["criterion"], recipe["samples"], recipe["length"], recipe["seed"], recipe["multiple"]) == (
         "taylor2",
         6,
@@ -377,7 +414,7 @@ def test_a_plan_is_replayed(run: Run, place: Path, checkpoint: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     ("options", "drop"),
-    [(("--ratio", "0.25"), []), (("--units", "0.5", "--kinds", "layers"), ["model.layers.1"]), (("--plan", "PLAN"), [])],
+    [(("--ratio", "0.25", *PLAIN), []), (("--units", "0.5", "--kinds", "layers"), ["model.layers.1"]), (("--plan", "PLAN"), [])],
 )
 def test_a_dry_run_tells_the_effect_and_writes_nothing(
     options: tuple[str, ...], drop: list[str], run: Run, checkpoint: Path
@@ -466,7 +503,7 @@ def test_verify_finds_tampering(how: str, said: str, run: Run, checkpoint: Path,
 
 def test_verify_reads_the_per_layer_form(run: Run, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    options = ("--criterion", "l1", "--ratio", "0.25", "--ranking", "global", "--widths", "per-layer")
+    options = (*PLAIN, "--ratio", "0.25", "--ranking", "global", "--widths", "per-layer")
     ran = run("prune", "dense", "-o", out, *options)
     assert ran.status == 0
     assert "form: per-layer" in ran.said
@@ -552,7 +589,7 @@ def test_a_wrong_network_is_not_written(run: Run, monkeypatch: pytest.MonkeyPatc
         return small
 
     monkeypatch.setattr("fxprune.api.rewrite", sabotaged)
-    ran = run("prune", "dense", *RATIO, "--criterion", "l1")
+    ran = run("prune", "dense", *RATIO, *PLAIN)
     assert (ran.status, ran.out) == (1, "")
     assert "fxprune: the pruned network differs from its reference (masked dense): relative error " in ran.said
     assert ran.said.endswith("allowed 1e-04; nothing was written")

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fxprune
 from fxprune import PrunePlan
 from fxprune.cost import Cost, costs
-from fxprune.errors import UsageError
+from fxprune.errors import FxPruneError, UsageError
 from fxprune.evaluation import longest_input, measure_latency, perplexity
 from fxprune.groups import Groups
 from fxprune.passes.selection import select
@@ -78,6 +78,8 @@ def test_known_perplexities() -> None:
     assert perplexity(Certain(0.0), ids, length=8).perplexity == pytest.approx(8)
     assert perplexity(Certain(100.0), ids, length=8).perplexity == pytest.approx(1)
     assert perplexity(Certain(-1e4), ids, length=8).perplexity == math.inf
+    with pytest.raises(FxPruneError, match="the model's losses on a text are NaN: it is damaged"):
+        perplexity(Certain(math.nan), ids, length=8, text="a text")
 
 
 def test_limits_progress_and_the_training_mode(model: nn.Module) -> None:

@@ -228,7 +228,7 @@ def test_llava_against_the_eager_model() -> None:
 )
 def test_prune_gives_an_eager_model(name: str) -> None:
     model = CASES[name].build()
-    result = fxprune.prune(model, units={"kv_heads": 0.4, "ffn": 0.25}, inputs=one_image(0), criterion="l1")
+    result = fxprune.prune(model, units={"kv_heads": 0.4, "ffn": 0.25}, inputs=one_image(0), recipe={"criterion": "l1"})
     assert result.report.verify is not None
     assert result.report.verify.ok
     assert type(result.model) is type(model)
@@ -240,6 +240,6 @@ def test_prune_gives_an_eager_model(name: str) -> None:
 def test_a_trace_that_is_not_the_model_is_named() -> None:
     """Without token_type_ids PaliGemma's own masks differ between eager mode and export: the note must not blame the pruning."""
     model, inputs = CASES["paligemma"].build(), one_image(0)
-    result = fxprune.prune(model, units={"ffn": 0.5}, criterion="l1", inputs=inputs, widths="per-layer")
+    result = fxprune.prune(model, units={"ffn": 0.5}, recipe={"criterion": "l1"}, inputs=inputs, widths="per-layer")
     assert result.form == "graph"
     assert "the trace computes something else than the dense model on these inputs" in result.report.note

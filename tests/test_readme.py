@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -50,6 +51,13 @@ def make_checkpoint(directory: Path) -> None:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current directory of its own, with ``my-model`` in it."""
     make_checkpoint(tmp_path / "my-model")
+    words = re.findall(r"\w+", (ROOT / "README.md").read_text())
+    rows = [
+        {"instruction": " ".join(words[i : i + 9]), "input": "", "output": " ".join(words[i + 9 : i + 20])}
+        for i in range(0, 800, 20)
+    ]
+    (tmp_path / "alpaca.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "wiki.txt").write_text("\n".join(" ".join(words[i : i + 40]) for i in range(800, 1600, 40)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -100,7 +108,7 @@ def test_every_option_and_command_that_the_readme_names_exists(capsys: pytest.Ca
     text = re.sub(r"`python -m benchmarks[^`]*`", "", (ROOT / "README.md").read_text())  # those have options of their own
     options = set(re.findall(r"`(?:[^`]*\s)?(--[a-z-]+)", text))
     known = ""
-    for command in ("prune", "groups", "verify", "eval", "demo"):
+    for command in ("prune", "recover", "groups", "verify", "eval", "demo"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         known += capsys.readouterr().out

@@ -407,7 +407,7 @@ def test_layer_errors(coarse: Groups) -> None:
         return str(raised.value)
 
     assert error(coarse, ranking="global") == (
-        "global ranking compares units by importance per parameter; whole layers have none: use ranking='local'"
+        "global ranking compares units by what goes with them; whole layers have no such score: use ranking='local'"
     )
     assert error(coarse, block_scores={"model.layers.0": 1.0}) == (
         "there is no score for block 'model.layers.1'; give one for each, or none"
@@ -455,7 +455,10 @@ def test_out_of_reach(coarse: Groups) -> None:
         ({"ratio": 0.2, "kinds": {"ffn": 0}}, "no kind may be pruned: name at least one"),
         ({"units": {}}, "no kind may be pruned: name at least one"),
         ({"ratio": 0.2, "kinds": {"ffn": -1}}, "a pace must be 0 or a positive number, got {'ffn': -1}"),
-        ({"ratio": 0.2, "ranking": "globl"}, "unknown ranking 'globl'; did you mean 'global'? Choose from: global, local"),
+        (
+            {"ratio": 0.2, "ranking": "globl"},
+            "unknown ranking 'globl'; did you mean 'global'? Choose from: global, local, measured, standardised",
+        ),
         ({"ratio": 0.2, "widths": "equal"}, "unknown widths 'equal'; Choose from: per-layer, uniform"),
         ({"ratio": 0.2, "floor": 1.0}, "floor is a share of units from 0 up to (not including) 1, got 1.0"),
         ({"ratio": 0.2, "multiple": 0}, "multiple must be a whole number, at least 1, got 0"),

@@ -25,18 +25,19 @@ class Unsolved(Exception):
     """No stock configuration gives the pruned shapes; the message says what came closest."""
 
 
-def solve_config(model: nn.Module, groups: Groups, plan: PrunePlan) -> Any:
+def solve_config(model: nn.Module, groups: Groups, plan: PrunePlan, added: Mapping[str, tuple[int, ...]] | None = None) -> Any:
     """The stock configuration whose model has exactly the pruned parameter shapes.
 
     Integer fields that equal a size that changed are candidates; each is tried on a model built on the meta device, and the
     assignment with no mismatched parameter wins (coordinate descent, most plans need one round). Where these do not suffice,
     fields that are None are tried too: many classes derive a size unless it is said (GPT-2's ``n_inner``); then fields that a size
-    is a multiple of.
+    is a multiple of. Biases that the dense model does not have are looked for behind the configuration's switches.
 
     Args:
         model: The dense Hugging Face model.
         groups: Its prune groups.
         plan: What to keep.
+        added: Names (after dropping) and shapes of such biases; others that their switch brings along are allowed (they are zero).
 
     Returns:
         A new configuration; the model's own is not changed.
@@ -55,24 +56,26 @@ def solve_config(model: nn.Module, groups: Groups, plan: PrunePlan) -> Any:
     if uneven:
         raise Unsolved(f"widths differ between layers ({uneven[0]})")
     drop = dropped_entries(plan)
-    wanted = _wanted_shapes(model, groups, plan, drop)
+    wanted = {**_wanted_shapes(model, groups, plan, drop), **(added or {})}
     config = copy.deepcopy(model.config)
     shorten_config(config, {"drop": drop, "lengths": {p: len(list(model.get_submodule(p).children())) for p in drop}})
     options = dict(_options(config, groups, plan))
     chosen: dict[str, Any] = {}
-    best, problem = _mismatches(model, config, chosen, wanted)
+    spare = bool(added)
+    best, problem = _mismatches(model, config, chosen, wanted, spare)
     refusal = ""
     flat = [(key, value) for key, values in options.items() for value in values]
     moves = [dict([move]) for move in flat]  # one field at a time, then two: a class may refuse either change alone
     moves += [dict(pair) for pair in itertools.combinations(flat, 2) if pair[0][0] != pair[1][0]]
     unset = [{key: value} for key in _unset(config) for value in _dimensions(wanted, model)]
-    for stage in (moves, unset, list(_factors(config, groups, plan))):
+    switches = list(_switches(config)) if added else []
+    for stage in (moves, switches, unset, list(_factors(config, groups, plan))):
         for _ in range(len(options) + 1):
             start = best
             for move in stage:
                 if best == 0:
                     break
-                wrong, why = _mismatches(model, config, {**chosen, **move}, wanted)
+                wrong, why = _mismatches(model, config, {**chosen, **move}, wanted, spare)
                 if wrong < best:
                     best, chosen, problem = wrong, {**chosen, **move}, why
                 elif wrong == REFUSED and stage is moves:
@@ -134,6 +137,16 @@ def _factors(config: Any, groups: Groups, plan: PrunePlan) -> Iterator[dict[str,
             yield from ({key: after // unit} for unit, after in units if after % unit == 0 and after // unit != value)
 
 
+def _switches(config: Any) -> Iterator[dict[str, bool]]:
+    """Switches that give a model biases, each alone and all together."""
+    found = []
+    for part in _parts(config):
+        prefix = "" if part is config else next(k for k, v in vars(config).items() if v is part) + "."
+        found += [prefix + key for key, value in vars(part).items() if value is False and "bias" in key]
+    yield from ({key: True} for key in found)
+    yield dict.fromkeys(found, True)
+
+
 def _unset(config: Any) -> Iterator[str]:
     """Fields that a configuration leaves to its class, and that could be a size."""
     from transformers import PreTrainedConfig
@@ -147,7 +160,9 @@ def _unset(config: Any) -> Iterator[str]:
 def _dimensions(wanted: Mapping[str, tuple[int, ...]], model: nn.Module) -> list[int]:
     """Sizes that a whole dimension of a parameter takes by the pruning."""
     before = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    return sorted({new for name, shape in wanted.items() for old, new in zip(before[name], shape, strict=True) if old != new})
+    return sorted(
+        {new for name, shape in wanted.items() for old, new in zip(before.get(name, shape), shape, strict=True) if old != new}
+    )
 
 
 def _derived_head_dim(part: Any) -> int | None:
@@ -166,8 +181,13 @@ def _with(config: Any, chosen: Mapping[str, Any]) -> Any:
     return made
 
 
-def _mismatches(model: nn.Module, config: Any, chosen: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> tuple[int, str]:
-    """How many parameters of a stock model of this configuration have another shape, and why it was refused if it was."""
+def _mismatches(
+    model: nn.Module, config: Any, chosen: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], spare: bool
+) -> tuple[int, str]:
+    """How many parameters of a stock model of this configuration have another shape, and why it was refused if it was.
+
+    With ``spare``, biases that nobody wants do not count.
+    """
     try:
         made = _with(config, chosen)
         made = type(made).from_dict(made.to_dict())  # as from_pretrained would: validated
@@ -180,5 +200,6 @@ def _mismatches(model: nn.Module, config: Any, chosen: Mapping[str, Any], wanted
             f"{type(config).__name__} refuses {dict(chosen)}: {text[-1].strip()[:200] if text else type(error).__name__}",
         )
     shapes = {n: tuple(p.shape) for n, p in built.named_parameters(remove_duplicate=False)}
-    wrong = sum(shapes.get(n) != s for n, s in wanted.items()) + len(set(shapes) - set(wanted))
+    more = [n for n in set(shapes) - set(wanted) if not (spare and n.endswith(".bias"))]
+    wrong = sum(shapes.get(n) != s for n, s in wanted.items()) + len(more)
     return wrong, f"{wrong} parameters would have another shape in a stock {type(model).__name__}" if wrong else ""

@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,12 @@ class Surgery:
 
 
 def operate(
-    model: nn.Module, small: nn.Module, groups: Groups, plan: PrunePlan, same: Callable[[nn.Module], str | None]
+    model: nn.Module,
+    small: nn.Module,
+    groups: Groups,
+    plan: PrunePlan,
+    same: Callable[[nn.Module], str | None],
+    added: Sequence[str] = (),
 ) -> Surgery:
     """Prune the eager model itself: sliced tensors in a structural copy, then integer attributes that follow the new sizes.
 
@@ -57,6 +62,7 @@ def operate(
         groups: Its prune groups.
         plan: What to keep.
         same: Judges a candidate: None if its outputs equal the rewritten graph's, else what went wrong.
+        added: Biases of the rewritten graph that the dense model does not have.
 
     Raises:
         CheckpointError: No assignment of attributes makes the eager model equal to the rewritten graph.
@@ -67,6 +73,11 @@ def operate(
     spec["lengths"] = {path: len(list(model.get_submodule(path).children())) for path in drop}
     if hasattr(pruned, "config"):
         shorten_config(pruned.config, spec)
+    spec["added"] = {}
+    for name, bias in new_biases(small, plan, added).items():
+        path, _, leaf = name.rpartition(".")
+        pruned.get_submodule(path)._parameters[leaf] = bias
+        spec["added"][name] = list(bias.shape)
     spec["shapes"] = _changed(pruned.named_parameters(remove_duplicate=False), model, drop, "_parameters")
     spec["buffers"] = _changed(pruned.named_buffers(remove_duplicate=False), model, drop, "_buffers")
     changes = _widths(pruned, model, drop)
@@ -113,12 +124,21 @@ def _sliced_memo(model: nn.Module, small: nn.Module, groups: Groups, plan: Prune
     return memo
 
 
-def sliced_state(model: nn.Module, small: nn.Module, groups: Groups, plan: PrunePlan) -> dict[str, Tensor]:
+def sliced_state(
+    model: nn.Module, small: nn.Module, groups: Groups, plan: PrunePlan, added: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """The pruned state dict under the names after dropping; parameters are the rewritten graph's own, tied ones one tensor."""
     memo = _sliced_memo(model, small, groups, plan)
     drop = dropped_entries(plan)
     state = model.state_dict(keep_vars=True)
-    return {new: memo[id(t)] for n, t in state.items() if (new := renamed(n, drop)) is not None}
+    kept = {new: memo[id(t)] for n, t in state.items() if (new := renamed(n, drop)) is not None}
+    return {**kept, **new_biases(small, plan, added)}
+
+
+def new_biases(small: nn.Module, plan: PrunePlan, added: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Biases that the dense model does not have, under their names after dropping."""
+    drop = dropped_entries(plan)
+    return {new: small.get_parameter(name) for name in added if (new := renamed(name, drop)) is not None}
 
 
 def dropped_entries(plan: PrunePlan) -> dict[str, list[int]]:
@@ -140,9 +160,11 @@ def combined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, A
         left = [i for i in range(lengths[path]) if i not in drop.get(path, ())]
         drop[path] = sorted([*drop.get(path, ()), *(left[i] for i in gone)])
     made: dict[str, Any] = {"drop": drop, "lengths": lengths, "renumber": {**second["renumber"], **first["renumber"]}}
-    for key in ("shapes", "buffers", "attributes"):
-        kept = {new: v for n, v in first[key].items() if (new := renamed(n, second["drop"])) is not None}
+    for key in ("shapes", "added", "buffers", "attributes"):
+        kept = {new: v for n, v in first.get(key, {}).items() if (new := renamed(n, second["drop"])) is not None}
         made[key] = {n: {**kept.get(n, {}), **v} if key == "attributes" else v for n, v in {**kept, **second[key]}.items()}
+    for name in made["added"].keys() & made["shapes"].keys():  # a bias that came with the first and was cut by the second
+        made["added"][name] = made["shapes"].pop(name)
     return {**made, "dense": first.get("dense", {})}
 
 
@@ -183,7 +205,7 @@ def renamed(name: str, drop: Mapping[str, list[int]]) -> str | None:
 def _changed(new: Iterator[tuple[str, Tensor]], model: nn.Module, drop: Mapping[str, list[int]], kind: str) -> dict[str, list[int]]:
     walk = model.named_parameters if kind == "_parameters" else model.named_buffers
     before = {renamed(n, drop): tuple(t.shape) for n, t in walk(remove_duplicate=False)}
-    return {n: list(t.shape) for n, t in new if tuple(t.shape) != before[n]}
+    return {n: list(t.shape) for n, t in new if n in before and tuple(t.shape) != before[n]}
 
 
 def _widths(pruned: nn.Module, model: nn.Module, drop: Mapping[str, list[int]]) -> dict[tuple[str, str], Any]:
@@ -331,19 +353,40 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
-def judge(reference: Any, inputs: Any, tolerance: float) -> Callable[[nn.Module], str | None]:
+def padded(model: nn.Module, inputs: Any) -> Any:
+    """The inputs with a mask that hides the last token, None if the model takes no such inputs.
+
+    Attention may take another path with a mask, one that reads other attributes (`repeat_kv` in place of ``enable_gqa``).
+    """
+    if not isinstance(inputs, Mapping) or set(inputs) != {"input_ids"}:
+        return None
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[:, -1] = 0
+    masked = {**inputs, "attention_mask": mask}
+    try:
+        with quiet(model), torch.no_grad():
+            call(model, masked)
+    except Exception:  # noqa: BLE001 - then nobody can ask it of the pruned model
+        return None
+    return masked
+
+
+def judge(reference: Any, inputs: Any, tolerance: float, masked: Any = None) -> Callable[[nn.Module], str | None]:
     """A judge of candidates: runs one on the inputs and compares its outputs with the reference's.
 
     Args:
         reference: Outputs of the rewritten graph on ``inputs``.
         inputs: A mapping of keyword arguments, a tuple, or one tensor.
         tolerance: Largest relative error.
+        masked: Inputs that it must be able to run on besides, or None; see `padded`.
     """
 
     def same(model: nn.Module) -> str | None:
         try:
             with quiet(model), torch.no_grad():
                 error = relative_error(reference, call(model, inputs))
+                if masked is not None and error <= tolerance:
+                    call(model, masked)
         except Exception as problem:  # noqa: BLE001 - a candidate that cannot run is simply not the one
             return f"{type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
         return None if error <= tolerance else f"relative error {error:.1e}"

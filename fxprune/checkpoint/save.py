@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from ..capture import quiet
 from ..errors import CheckpointError, UsageError
 from . import surgery
-from .eager import judge
+from .eager import call, judge
 
 if TYPE_CHECKING:
     from ..api import PruneResult
@@ -116,7 +117,12 @@ def check_target(target: str | os.PathLike[str], *, overwrite: bool = False) -> 
 
 
 def save_pruned(
-    result: PruneResult, directory: str | os.PathLike[str], *, overwrite: bool = False, max_shard_size: str = "5GB"
+    result: PruneResult,
+    directory: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a pruned model as a Hugging Face checkpoint, reload it, compare, and put it in place.
 
@@ -125,6 +131,7 @@ def save_pruned(
         directory: Where to.
         overwrite: Replace an existing directory.
         max_shard_size: As for ``save_pretrained``.
+        more: What else the report file says.
 
     Raises:
         UsageError: The directory exists.
@@ -143,7 +150,7 @@ def save_pruned(
         else:
             _write_module(result, work)
         result.plan.save(work / PLAN_FILE)
-        (work / REPORT_FILE).write_text(json.dumps(result.report.to_json(), indent=1) + "\n")
+        (work / REPORT_FILE).write_text(json.dumps({**result.report.to_json(), **(more or {})}, indent=1) + "\n")
         error = _reload_error(result, work)
         if error is not None:
             raise CheckpointError(
@@ -153,21 +160,26 @@ def save_pruned(
 
 def _write_pretrained(result: PruneResult, work: Path, max_shard_size: str) -> None:
     model: Any = result.model
+    if result.form == "per-layer":
+        write_pretrained(model, result.tokenizer, work, lambda: _write_per_layer(result, model, work, max_shard_size))
+    else:
+        write_pretrained(model, result.tokenizer, work, lambda: model.save_pretrained(work, max_shard_size=max_shard_size))
+
+
+def write_pretrained(model: Any, tokenizer: Any, work: Path, write: Callable[[], None]) -> None:
+    """Write a Hugging Face model with ``write``, its generation settings as they are, and its tokenizer."""
     generation = getattr(model, "generation_config", None)
     try:
         if generation is not None:  # written as it is: transformers refuses settings that it accepted when it read them
             model.generation_config = type(generation)()
-        if result.form == "per-layer":
-            _write_per_layer(result, model, work, max_shard_size)
-        else:
-            model.save_pretrained(work, max_shard_size=max_shard_size)
+        write()
     finally:
         if generation is not None:
             model.generation_config = generation
     if generation is not None:
         generation.to_json_file(work / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
-    if result.tokenizer is not None:
-        result.tokenizer.save_pretrained(work)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(work)
 
 
 def _write_per_layer(result: PruneResult, model: Any, work: Path, max_shard_size: str) -> None:
@@ -277,17 +289,32 @@ def _reload_error(result: PruneResult, work: Path) -> str | None:
     from .load import load
 
     model: Any = result.model
-    try:
+
+    def read() -> nn.Module:
         if result.form == "module":
-            reloaded = load(work, model=result.dense_model)
-        elif result.form == "uniform":
-            reloaded = type(model).from_pretrained(work, dtype="auto")
-        else:
-            reloaded = load(work)
+            return load(work, model=result.dense_model)
+        if result.form == "uniform":
+            return type(model).from_pretrained(work, dtype="auto")  # type: ignore[no-any-return]
+        return load(work)
+
+    return reload_error(read, result.graph_module, result.example_inputs, result.report.verify_tolerance)
+
+
+def reload_error(read: Callable[[], nn.Module], reference: nn.Module, inputs: Any, tolerance: float) -> str | None:
+    """What is wrong with a model that was read back, or None.
+
+    Args:
+        read: Reads it.
+        reference: What was written.
+        inputs: What both are run on.
+        tolerance: Largest relative error.
+    """
+    try:
+        reloaded = read()
     except Exception as error:  # noqa: BLE001 - whatever went wrong, the checkpoint is not to be trusted
         cause = error.__cause__ if isinstance(error, CheckpointError) and error.__cause__ else error
         return f"it cannot be loaded: {type(cause).__name__}: {cause}"
-    device = next(result.graph_module.parameters()).device
-    with torch.no_grad():
-        expected = result.run(result.graph_module)
-    return judge(expected, result.example_inputs, result.report.verify_tolerance)(reloaded.to(device))
+    device = next(reference.parameters()).device
+    with quiet(reference), torch.no_grad():
+        expected = call(reference, inputs)
+    return judge(expected, inputs, tolerance)(reloaded.to(device))

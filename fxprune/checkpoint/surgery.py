@@ -18,8 +18,8 @@ def apply_surgery(model: nn.Module, spec: dict[str, Any]) -> None:
     Args:
         model: The dense model; its values do not matter (they are loaded afterwards), it may be on the meta device.
         spec: ``drop`` (list path -> entries that go), ``renumber`` (attribute names that hold an entry's number), ``shapes``
-            (parameter name -> shape), ``buffers`` (buffer name -> shape), ``attributes`` (module path -> attribute -> value).
-            All names are those after dropping.
+            (parameter name -> shape), ``added`` (the same for biases that the dense model does not have), ``buffers`` (buffer
+            name -> shape), ``attributes`` (module path -> attribute -> value). All names are those after dropping.
     """
     for path in deepest_first(spec.get("drop", {})):
         drop_entries(model, path, spec["drop"][path], spec.get("renumber", {}).get(path, []))
@@ -32,6 +32,10 @@ def apply_surgery(model: nn.Module, spec: dict[str, Any]) -> None:
             empty = torch.empty(shape, dtype=old.dtype, device=old.device)
             replaced[id(old)] = nn.Parameter(empty, requires_grad=old.requires_grad)
         owner._parameters[leaf] = replaced[id(old)]
+    for name, shape in spec.get("added", {}).items():
+        owner, leaf = _owner(model, name)
+        beside = next(owner.parameters(recurse=False))
+        owner._parameters[leaf] = nn.Parameter(torch.zeros(shape, dtype=beside.dtype, device=beside.device), beside.requires_grad)
     for name, shape in spec.get("buffers", {}).items():
         owner, leaf = _owner(model, name)
         old_buffer = owner._buffers[leaf]

@@ -30,15 +30,19 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on standard error with the time left; silent when that is no terminal."""
+    """A progress bar on standard error with the time left; silent when that is no terminal.
+
+    What is being done names its bar; what stands behind it in brackets may change from call to call.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def advance(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
+            name = what.partition(" (")[0]
+            if name not in tasks:
+                tasks[name] = bar.add_task(what, total=total)
+            bar.update(tasks[name], description=what, completed=done, total=total)
 
         yield advance
 
@@ -46,7 +50,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 def load_model(arguments: argparse.Namespace, *, meta: bool = False) -> tuple[nn.Module, Any]:
     """The model and tokenizer (or None) that the arguments name, on their device."""
     quiet_libraries()
-    _check_device(arguments.device)
+    check_device(arguments.device)
     model, tokenizer = load_source(arguments.model, dtype=arguments.dtype, meta=meta)
     try:
         return (model if meta else model.to(arguments.device)), tokenizer
@@ -54,7 +58,7 @@ def load_model(arguments: argparse.Namespace, *, meta: bool = False) -> tuple[nn
         raise UsageError(f"cannot use device '{arguments.device}': {str(error).splitlines()[0]}") from error
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     """Try a device out before a model is loaded."""
     if device.partition(":")[0] == "meta":
         raise UsageError("cannot use device 'meta': it holds no numbers; to see groups without weights, say groups --meta")

@@ -3,41 +3,115 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
-from ..calibration import encode, read_texts
-from ..errors import UsageError
-from ..evaluation import longest_input, measure_latency, perplexity
-from .common import dump, load_model, progress
+from rich.console import Console
+
+from ..checkpoint.source import load_source
+from ..errors import UsageError, nearest
+from ..evaluation import TASKS, Evaluation, evaluate
+from ..evaluation.contamination import read_seen, warning
+from ..evaluation.run import read_material
+from ..evaluation.tasks import check_numbers, check_tasks
+from .common import console, dump, load_model, progress, quiet_libraries
+
+OUTPUTS = (".json", ".md")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Perplexity (and latency) of a model."""
-    texts = read_texts(arguments.text)
+    """Perplexities, zero-shot tasks, cost and latency of a model, beside its dense model if that is named."""
+    quiet_libraries()
+    options = _options(arguments)
+    seen = read_seen(arguments.model)
     model, tokenizer = load_model(arguments)
-    if tokenizer is None:
+    if tokenizer is None and (options["texts"] or options["tasks"]):
         raise UsageError(f"there is no tokenizer beside '{arguments.model}'")
-    ids = encode(tokenizer, texts)
     with progress() as advance:
-        measured = perplexity(
-            model,
-            ids,
-            length=arguments.length,
-            stride=arguments.stride,
-            batch_size=arguments.batch_size,
-            max_windows=arguments.max_windows,
-            text=Path(arguments.text).name,
-            progress=advance,
-        )
-    room = (longest_input(model) or 144) - 16
-    latency = measure_latency(model, prompt=min(128, room), new_tokens=16) if arguments.latency else None
-    if arguments.json:
-        dump({"perplexity": measured.to_json(), "latency": latency.to_json() if latency else None})
-        return 0
-    print(
-        f"perplexity {measured.perplexity:.3f} on {measured.text}: {measured.tokens:,} tokens, {measured.windows} windows of "
-        f"{measured.length}, stride {measured.stride}"
-    )
-    if latency is not None:
-        print(f"prefill {latency.prefill_ms} ms for {latency.prompt} tokens, decode {latency.decode_ms} ms/token")
+        found = evaluate(model, tokenizer, **options, seen=seen, progress=advance)
+        if arguments.dense:
+            del model
+            dense, _ = load_source(arguments.dense, dtype=arguments.dtype)
+            found = found.against(evaluate(dense.to(arguments.device), tokenizer, **options, progress=advance))
+    if arguments.output:
+        _write(Path(arguments.output), found)
+    _show(arguments, found)
     return 0
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `evaluate`, all that can be checked without the model checked."""
+    texts = dict(arguments.texts or {})
+    if arguments.text:
+        texts[Path(arguments.text).name] = arguments.text
+    tasks = check_tasks(TASKS if arguments.tasks == ["all"] else arguments.tasks or ())
+    if not (texts or tasks or arguments.latency):
+        raise UsageError("the following arguments are required: --text, --texts, --tasks or --latency")
+    if arguments.data and not tasks:
+        raise UsageError("--data holds task files: say --tasks all, or which")
+    numbers = {"limit": arguments.limit, "batch_size": arguments.batch_size, "max_windows": arguments.max_windows}
+    check_numbers(**numbers)
+    read_material(texts, tasks, protocol=arguments.protocol, data=arguments.data, limit=arguments.limit)
+    if arguments.output:
+        _check_output(Path(arguments.output))
+    if arguments.dense and not arguments.dense.endswith(".gguf"):
+        load_source(arguments.dense, meta=True)  # a wrong name is told before hours of measuring
+    elif arguments.dense and not Path(arguments.dense).is_file():
+        raise UsageError(f"there is no file '{arguments.dense}'")
+    return {
+        "texts": texts,
+        "tasks": tasks,
+        "lengths": arguments.length or [128],
+        "stride": arguments.stride,
+        "protocol": arguments.protocol,
+        "data": arguments.data,
+        "latency": arguments.latency,
+        **numbers,
+    }
+
+
+def _check_output(path: Path) -> None:
+    if path.suffix not in OUTPUTS:
+        raise UsageError(f"cannot write an evaluation as '{path}': {nearest(path.suffix, OUTPUTS)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no directory '{path.parent}' to write '{path.name}' to")
+    if path.is_dir():
+        raise UsageError(f"'{path}' is a directory; name a file")
+
+
+def _write(path: Path, found: Evaluation) -> None:
+    """Whole or not at all: written beside, then renamed."""
+    text = json.dumps(found.to_json(), indent=2) + "\n" if path.suffix == ".json" else found.markdown()
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise UsageError(f"cannot write '{path}': {error.strerror}") from error
+
+
+def _show(arguments: argparse.Namespace, found: Evaluation) -> None:
+    only_text = bool(arguments.text) and not (arguments.texts or found.tasks or found.dense)
+    for overlap in found.overlaps:
+        console.print(warning(overlap), style="bold red", markup=False, highlight=False)
+    out = Console()
+    if arguments.json:
+        data = found.to_json()
+        dump({"perplexity": data["perplexities"][0], **data} if only_text else data)
+        return
+    if not only_text and not out.is_terminal:
+        print(found.markdown(), end="")
+        return
+    if not only_text:
+        out.print(found.table())
+    for note in found.notes():
+        print(note)

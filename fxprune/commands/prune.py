@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import replace
 from os.path import samefile
 from pathlib import Path
 from typing import Any
@@ -10,19 +12,33 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from ..api import check_layers_by, example_inputs
+from ..api import example_inputs
 from ..api import prune as prune_model
 from ..calibration import read_texts
 from ..capture import trace
 from ..checkpoint.save import check_target
 from ..cost import costs
-from ..criteria import check_aggregation, find_criterion
 from ..errors import UsageError
 from ..passes.dependency import find_groups
 from ..passes.importance import score
 from ..passes.selection import Selection, select
 from ..plan import PrunePlan
+from ..planning import settle
 from .common import console, describe_widths, dump, load_model, progress, show_result
+
+HOW = (
+    "criterion",
+    "aggregation",
+    "compensation",
+    "layers_by",
+    "samples",
+    "length",
+    "batch_size",
+    "levels",
+    "sensitivity_samples",
+    "rounds",
+)
+WHAT = ("units", "kinds", "ranking", "widths", "protect_first", "protect_last", "protect", "multiple", "floor")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,24 +52,25 @@ def run(arguments: argparse.Namespace) -> int:
     with progress() as advance:
         result = prune_model(
             model,
+            recipe=arguments.recipe,
             calibration=arguments.calibration,
             tokenizer=tokenizer,
-            criterion=arguments.criterion,
-            aggregation=arguments.aggregation,
             selection=selection,
             plan=plan,
-            samples=arguments.samples,
-            length=arguments.length,
-            batch_size=arguments.batch_size,
-            layers_by=arguments.layers_by,
             seed=arguments.seed,
             check=not arguments.no_verify,
             progress=advance,
+            **_given(arguments, HOW),
         )
     result.save_pretrained(arguments.output, overwrite=arguments.overwrite)
     show_result(result)
     print(arguments.output)
     return 0
+
+
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """What was typed; for the rest the recipe decides."""
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
 def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection | None]:
@@ -64,32 +81,22 @@ def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection
         check_target(arguments.output, overwrite=arguments.overwrite)
         if Path(arguments.output).exists() and Path(arguments.model).exists() and samefile(arguments.output, arguments.model):
             raise UsageError(f"the output '{arguments.output}' is the model itself; choose another directory")
-    find_criterion(arguments.criterion)
-    check_aggregation(arguments.aggregation)
-    check_layers_by(arguments.layers_by)
-    if arguments.calibration:
-        read_texts(arguments.calibration)
-    if not arguments.plan:
-        return None, _selection(arguments)
-    for name in ("ratio", "units", "kinds"):
-        if getattr(arguments, name) is not None:
-            raise UsageError(f"--plan replays a plan as it is: leave out --{name}")
-    if not Path(arguments.plan).is_file():
-        raise UsageError(f"there is no plan file '{arguments.plan}'")
-    return PrunePlan.load(arguments.plan), None
-
-
-def _selection(arguments: argparse.Namespace) -> Selection:
-    if (arguments.ratio is None) == (arguments.units is None):
+    if arguments.plan:
+        for name in ("ratio", *WHAT):
+            if getattr(arguments, name) is not None:
+                raise UsageError(f"--plan replays a plan as it is: leave out --{name.replace('_', '-')}")
+        if not Path(arguments.plan).is_file():
+            raise UsageError(f"there is no plan file '{arguments.plan}'")
+    elif (arguments.ratio is None) == (arguments.units is None):
         raise UsageError(
             "say what to remove: one of --ratio (share of all parameters), --units (share of units) and --plan (a file)"
         )
-    options: dict[str, Any] = {"ratio": arguments.ratio, "units": arguments.units}
-    if arguments.kinds is not None:
-        options["kinds"] = arguments.kinds
-    for name in ("ranking", "widths", "protect_first", "protect_last", "protect", "multiple", "floor"):
-        options[name] = getattr(arguments, name)
-    return Selection(**options)
+    plan = PrunePlan.load(arguments.plan) if arguments.plan else None
+    given = _given(arguments, HOW)
+    _, selection = settle(arguments.recipe, given, arguments.ratio, None, plan, _given(arguments, WHAT), arguments.seed)
+    if arguments.calibration:
+        read_texts(arguments.calibration)
+    return plan, selection
 
 
 def _dry_run(model: nn.Module, plan: PrunePlan | None, selection: Selection | None) -> int:
@@ -98,6 +105,8 @@ def _dry_run(model: nn.Module, plan: PrunePlan | None, selection: Selection | No
     groups = find_groups(gm)
     if plan is None:
         assert selection is not None
+        if selection.ranking == "measured":  # how the budget is spread needs the loss; what it comes to does not
+            selection = replace(selection, ranking="local")
         plan = select(groups, score(gm, groups, criterion="l1"), selection)
     else:
         plan.check(groups)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..api import example_inputs
 from ..capture import quiet, trace
-from ..checkpoint.save import PLAN_FILE
+from ..checkpoint.eager import dropped_entries, renamed
+from ..checkpoint.save import PLAN_FILE, REPORT_FILE
 from ..checkpoint.source import load_source
 from ..errors import UsageError, VerificationError
+from ..passes.rewrite import rewrite
 from ..passes.verify import verify
 from ..plan import PrunePlan
-from .common import dump, load_model
+from .common import console, dump, load_model
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -26,19 +30,57 @@ def run(arguments: argparse.Namespace) -> int:
     if not (path / PLAN_FILE).is_file():
         raise UsageError(f"'{path}' holds no {PLAN_FILE}: it is no checkpoint that fxprune wrote")
     plan = PrunePlan.load(path / PLAN_FILE)
+    changed = _changed(path)
     pruned, _ = load_model(arguments)
     dense, _ = load_source(arguments.dense, dtype=arguments.dtype)
     dense = dense.to(arguments.device)
     inputs = example_inputs(dense)
     gm = trace(dense, inputs)
-    report = verify(gm, _WithoutCache(pruned), plan, inputs)
-    dump(report.to_json())
+    if changed:
+        small = rewrite(gm, plan)
+        report = verify(gm, small, plan, inputs)
+        slices = _compare(pruned, small, plan, changed, path)
+        dump({**report.to_json(), "changed_by": changed, **slices})
+    else:
+        report = verify(gm, _WithoutCache(pruned), plan, inputs)
+        dump(report.to_json())
     if not report.ok:
         raise VerificationError(
             f"'{path}' differs from the {report.reference} model: relative error {report.max_rel_error:.2e}, "
             f"allowed {report.tolerance:.0e}"
         )
     return 0
+
+
+def _changed(path: Path) -> list[str]:
+    """What has changed the weights since they were cut out of the dense model's."""
+    try:
+        report = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    made_up = (report.get("compensation") or {}).get("method")
+    return [*([f"compensation ({made_up})"] if made_up else []), *(["recovery"] if report.get("recovery") else [])]
+
+
+def _compare(pruned: nn.Module, small: nn.Module, plan: PrunePlan, changed: list[str], path: Path) -> dict[str, int]:
+    """How many parameters are still slices of the dense model's; all must have the shapes of slices.
+
+    Raises:
+        VerificationError: A parameter is missing or has another shape.
+    """
+    drop, same, total = dropped_entries(plan), 0, 0
+    own = dict(pruned.named_parameters(remove_duplicate=False))
+    for name, slice_ in small.named_parameters():
+        found = own.get(renamed(name, drop) or name)
+        if found is None or found.shape != slice_.shape:
+            shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
+            raise VerificationError(f"in '{path}' parameter '{name}' is {shape}; the plan makes it {tuple(slice_.shape)}")
+        total += 1
+        same += int(torch.equal(found.detach(), slice_.detach().to(found.dtype)))
+    console.print(
+        f"the weights were changed after pruning by {' and '.join(changed)}: {same} of {total} are the dense model's slices"
+    )
+    return {"parameters": total, "slices_of_the_dense_model": same}
 
 
 class _WithoutCache(nn.Module):

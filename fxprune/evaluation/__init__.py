@@ -1,6 +1,26 @@
-"""Evaluation: perplexity, latency and generation, the same for dense and pruned models."""
+"""Evaluation: cost, perplexity, zero-shot tasks, latency; the same for dense and pruned models."""
 
 from .latency import Latency, measure_latency
 from .perplexity import Perplexity, longest_input, perplexity
+from .result import Evaluation
+from .run import evaluate
+from .size import measure_cost
+from .tasks import AVERAGED, TASKS, TaskScore, score_tasks
+from .text import PROTOCOLS, token_stream
 
-__all__ = ["Latency", "Perplexity", "longest_input", "measure_latency", "perplexity"]
+__all__ = [
+    "AVERAGED",
+    "PROTOCOLS",
+    "TASKS",
+    "Evaluation",
+    "Latency",
+    "Perplexity",
+    "TaskScore",
+    "evaluate",
+    "longest_input",
+    "measure_cost",
+    "measure_latency",
+    "perplexity",
+    "score_tasks",
+    "token_stream",
+]

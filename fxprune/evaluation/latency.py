@@ -12,6 +12,7 @@ from torch import nn
 
 from ..calibration import vocabulary_of
 from ..errors import UsageError
+from .mode import evaluating
 from .perplexity import longest_input
 
 
@@ -64,9 +65,7 @@ def measure_latency(model: nn.Module, *, prompt: int = 128, new_tokens: int = 16
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary[0], (1, prompt), generator=generator).to(device)
     prefill, decode = [], []
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for i in range(repeats + 1):
             start = _now(device)
             output = model(input_ids=ids, use_cache=True)
@@ -78,7 +77,6 @@ def measure_latency(model: nn.Module, *, prompt: int = 128, new_tokens: int = 16
             if i:
                 prefill.append(middle - start)
                 decode.append((end - middle) / new_tokens)
-    model.train(was_training)
     return Latency(
         round(statistics.median(prefill) * 1e3, 2), round(statistics.median(decode) * 1e3, 2), prompt, new_tokens, repeats
     )

@@ -1,4 +1,4 @@
-"""Perplexity with everything stated that its value depends on: text, sequence length, stride, tokens."""
+"""Perplexity with everything stated that its value depends on: text, protocol, sequence length, stride, tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from ..errors import FxPruneError, UsageError
+from .mode import evaluating
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Perplexity:
         stride: Tokens between the starts of two sequences; equal to ``length`` means they do not overlap.
         text: What was read.
         seconds: Time taken.
+        protocol: How the text became tokens, one of `fxprune.evaluation.text.PROTOCOLS`; empty for ready ids.
+        source: File or dataset of the text.
     """
 
     perplexity: float
@@ -35,6 +38,8 @@ class Perplexity:
     stride: int
     text: str
     seconds: float
+    protocol: str = ""
+    source: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -50,13 +55,15 @@ def perplexity(
     batch_size: int = 8,
     max_windows: int | None = None,
     text: str = "",
+    protocol: str = "",
+    source: str = "",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Perplexity:
     """Perplexity of a causal LM on one stream of tokens.
 
     With ``stride == length`` this is LLM-Pruner's protocol (128 tokens, not overlapping, the rest of the stream dropped; its
-    ``PPLMetric``): each window predicts its tokens but the first. With a smaller stride a window predicts only the tokens that the
-    one before it has not, with more context.
+    ``PPLMetric``): each window predicts its tokens but the first, and the mean runs over all predicted tokens. With a smaller
+    stride a window predicts only the tokens that the one before it has not, with more context.
 
     Args:
         model: Called with ``input_ids [batch, length]``; returns an object with ``logits``, or a tuple that starts with them.
@@ -66,12 +73,49 @@ def perplexity(
         batch_size: Windows at a time.
         max_windows: Stop after so many.
         text: A label of the text, for the record.
+        protocol: For the record: how the text became ``ids``.
+        source: For the record: where the text is from.
         progress: Called with (what, done, total).
 
     Raises:
         UsageError: The text is shorter than one window, the model reads fewer tokens than a window has, or a number makes no
             sense.
+        FxPruneError: The losses are NaN.
     """
+    starts = window_starts(model, ids, length=length, stride=stride, batch_size=batch_size, max_windows=max_windows, text=text)
+    step = length if stride is None else stride
+    device = next(model.parameters()).device
+    begin, total, count = time.perf_counter(), 0.0, 0
+    with evaluating(model), torch.no_grad():
+        for i in range(0, len(starts), batch_size):
+            group = starts[i : i + batch_size]
+            batch = torch.stack([ids[s : s + length] for s in group]).to(device)
+            logits = logits_of(model(input_ids=batch))
+            losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), batch[:, 1:], reduction="none")
+            for row, start in enumerate(group):
+                new = losses[row] if start == 0 or step == length else losses[row, -step:]
+                total += float(new.double().sum())
+                count += new.numel()
+            if progress is not None:
+                progress("perplexity", min(i + batch_size, len(starts)), len(starts))
+    mean = total / count
+    if math.isnan(mean):
+        raise FxPruneError(f"the model's losses{f' on {text}' if text else ''} are NaN: it is damaged")
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(value, count, len(starts), length, step, text, round(time.perf_counter() - begin, 2), protocol, source)
+
+
+def window_starts(
+    model: nn.Module,
+    ids: Tensor,
+    *,
+    length: int,
+    stride: int | None = None,
+    batch_size: int = 8,
+    max_windows: int | None = None,
+    text: str = "",
+) -> list[int]:
+    """Where the windows of `perplexity` start; its errors come from here, before the model is run."""
     step = length if stride is None else stride
     if length < 2 or not 1 <= step <= length:
         raise UsageError(f"length must be at least 2 and stride between 1 and length, got length={length}, stride={step}")
@@ -82,30 +126,15 @@ def perplexity(
         raise UsageError(f"the model reads at most {longest} tokens, fewer than one window of {length}")
     starts = list(range(0, len(ids) - length + 1, step))[:max_windows]
     if not starts:
-        raise UsageError(f"the text has {len(ids)} tokens, fewer than one window of {length}")
-    device = next(model.parameters()).device
-    begin, total, count = time.perf_counter(), 0.0, 0
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for i in range(0, len(starts), batch_size):
-                group = starts[i : i + batch_size]
-                batch = torch.stack([ids[s : s + length] for s in group]).to(device)
-                output = model(input_ids=batch)
-                logits = output.logits if hasattr(output, "logits") else output[0]
-                losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), batch[:, 1:], reduction="none")
-                for row, start in enumerate(group):
-                    new = losses[row] if start == 0 or step == length else losses[row, -step:]
-                    total += float(new.double().sum())
-                    count += new.numel()
-                if progress is not None:
-                    progress("perplexity", min(i + batch_size, len(starts)), len(starts))
-    finally:
-        model.train(was_training)
-    mean = total / count
-    value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, count, len(starts), length, step, text, round(time.perf_counter() - begin, 2))
+        named = f"{text}: " if text else ""
+        raise UsageError(f"{named}the text has {len(ids)} tokens, fewer than one window of {length}")
+    return starts
+
+
+def logits_of(output: Any) -> Tensor:
+    """Logits ``[batch, length, vocabulary]`` of what a causal LM returns, an object with them or a tuple that starts with them."""
+    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    return logits
 
 
 def longest_input(model: nn.Module) -> int | None:

@@ -1,0 +1,25 @@
+"""Text for calibration, recovery and evaluation: sources, templates, examples, batches, and whether two texts overlap."""
+
+from .batches import Batches
+from .examples import Examples, load_examples
+from .overlap import Sketch, check_overlap
+from .packing import packs_apart
+from .sources import Source, Sources, parse_sources, rows, texts
+from .templates import Example, documents, render
+
+__all__ = [
+    "Batches",
+    "Example",
+    "Examples",
+    "Sketch",
+    "Source",
+    "Sources",
+    "check_overlap",
+    "documents",
+    "load_examples",
+    "packs_apart",
+    "parse_sources",
+    "render",
+    "rows",
+    "texts",
+]

@@ -1,0 +1,267 @@
+"""Where text comes from: local files and ``datasets`` names, read as rows, alone or as a weighted mixture."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import re
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ..errors import UsageError, nearest
+
+TEXT_COLUMNS = ("text", "content", "document", "instruction")
+"""Columns that are read as text when none is named, in this order."""
+
+TEMPLATES = ("auto", "text", "alpaca", "chat")
+
+FILE_KINDS = (".txt", ".json", ".jsonl", ".csv", ".parquet")
+
+Sources: TypeAlias = "str | os.PathLike[str] | Source | Iterable[str | os.PathLike[str] | Source] | Mapping[str, float]"
+
+_PART = re.compile(r"(?P<name>[^\[\]=]+)(?:\[(?P<column>[^\[\]]*)\])?(?:=(?P<weight>.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of rows.
+
+    Attributes:
+        name: A ``.txt``, ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file (``.gz`` too, but for parquet), or a ``datasets``
+            name as ``name``, ``name:split`` or ``name:config:split``; the split is ``train`` by default.
+        weight: Share of a mixture, relative to the other sources' weights.
+        column: The column of text (of messages, for a chat); found by its name if None.
+        template: How a row becomes text: ``auto`` (by its columns), ``text``, ``alpaca`` or ``chat``; see `render`.
+
+    Raises:
+        UsageError: An empty name, an impossible weight, an unknown template, or a column beside the template ``alpaca``.
+    """
+
+    name: str
+    weight: float = 1.0
+    column: str | None = None
+    template: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise UsageError("a source of text needs a name: a file, or a dataset as name, name:split or name:config:split")
+        if self.column is not None and not self.column:
+            raise UsageError(f"the column of '{self.name}' has no name: write {self.name}[column]")
+        if not isinstance(self.weight, int | float) or not math.isfinite(self.weight) or self.weight <= 0:
+            raise UsageError(f"the weight of '{self.name}' must be a positive number, got {self.weight}")
+        if self.template not in TEMPLATES:
+            raise UsageError(f"unknown template '{self.template}' of '{self.name}'; {nearest(self.template, TEMPLATES)}")
+        if self.template == "alpaca" and self.column is not None:
+            raise UsageError(
+                f"the template alpaca reads the columns instruction, input and output: leave out [{self.column}] of '{self.name}'"
+            )
+
+    @property
+    def label(self) -> str:
+        """The name without folders, and the column if one was given; what messages and records call the source."""
+        name = os.path.basename(self.name) if self.file is not None else self.name
+        return name if self.column is None else f"{name}[{self.column}]"
+
+    @property
+    def file(self) -> Path | None:
+        """The local file, None for a dataset.
+
+        Raises:
+            UsageError: The name can only be a file's, and there is none.
+        """
+        path = Path(self.name)
+        if path.is_file():
+            return path
+        folder = Path(self.name.partition(":")[0])
+        looks = path.suffix in (*FILE_KINDS, ".gz") or path.is_absolute() or self.name.startswith(".")
+        if looks and not folder.is_dir():
+            raise UsageError(f"there is no file '{self.name}'")
+        return None
+
+    @property
+    def kind(self) -> str | None:
+        """The file's format, one of `FILE_KINDS` (a file without a suffix is text); None for a dataset."""
+        if self.file is None:
+            return None
+        suffixes = [s for s in self.file.suffixes if s != ".gz"]
+        return suffixes[-1] if suffixes else ".txt"
+
+
+def parse_sources(given: Sources) -> tuple[Source, ...]:
+    """Sources from what a user writes.
+
+    Args:
+        given: ``"a.jsonl"``; ``"a.jsonl=0.7,b.txt=0.3"``, a mixture with weights; ``"b.csv[body]"``, with the column of text.
+            A list of such strings or of sources, or a mapping of names to weights. A string that is a file's name is that file.
+
+    Raises:
+        UsageError: Nothing, a source twice, a weight that is no positive number, or something that cannot be read as a source.
+    """
+    if isinstance(given, Source):
+        found = [given]
+    elif isinstance(given, str | os.PathLike):
+        found = list(_parse(os.fspath(given)))
+    elif isinstance(given, Mapping):
+        found = [replace(source, weight=weight) for name, weight in given.items() for source in _parse(name)]
+    else:
+        found = []
+        for item in given:
+            if not isinstance(item, str | os.PathLike | Source):
+                raise UsageError(f"a source of text is a name or a Source, not a {type(item).__name__}")
+            found += [item] if isinstance(item, Source) else _parse(os.fspath(item))
+    if not found:
+        raise UsageError("no source of text is given: name a file, or a dataset as name, name:split or name:config:split")
+    seen = set()
+    for source in found:
+        if (source.name, source.column) in seen:
+            raise UsageError(f"'{source.label}' is given twice: give it once, with the weight of both")
+        seen.add((source.name, source.column))
+    return tuple(found)
+
+
+def _parse(text: str) -> Iterator[Source]:
+    if Path(text).is_file():
+        yield Source(text)
+        return
+    for part in text.split(","):
+        match = _PART.fullmatch(part.strip())
+        if match is None:
+            raise UsageError(f"cannot read '{part.strip()}' as a source of text: write name, name[column] or name=weight")
+        weight = match["weight"]
+        try:
+            share = 1.0 if weight is None else float(weight)
+        except ValueError:
+            raise UsageError(f"the weight of '{match['name']}' must be a positive number, got '{weight}'") from None
+        yield Source(match["name"], share, match["column"])
+
+
+def rows(source: Source) -> Iterator[Mapping[str, Any]]:
+    """Rows of a source, as they come; a line of a text file is a row with the one column ``text``.
+
+    Text and JSON lines are read here, line by line, so that an error names the line; the rest is read by ``datasets``, streaming:
+    nothing is written, and nothing outside the source's split is fetched.
+
+    Raises:
+        UsageError: There is no such file, or not of a known kind (at once); the file is damaged, the dataset cannot be loaded
+            (when it is read).
+    """
+    path, kind = source.file, source.kind
+    if path is None:
+        return _dataset(source)
+    if kind not in FILE_KINDS:
+        raise UsageError(f"'{path.name}' is none of {', '.join(FILE_KINDS)} (.gz allowed)")
+    return _guarded(_table(path, kind) if kind in (".csv", ".parquet") else _lines(path, kind), path, kind)
+
+
+def _guarded(items: Iterator[Any], path: Path, kind: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a file; whatever a library raises on a damaged one becomes a word for the user."""
+    try:
+        for item in items:
+            if isinstance(item, str):
+                yield {"text": item}
+            elif isinstance(item, Mapping):
+                yield item
+            else:
+                raise UsageError(f"'{path.name}' must hold texts or rows with a column of text, not a {type(item).__name__}")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"cannot read '{path.name}' as {kind[1:]}: {reason(error)}") from error
+
+
+def _lines(path: Path, kind: str) -> Iterator[Any]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        if kind == ".json":
+            items = json.loads(file.read())
+            if not isinstance(items, list):
+                raise UsageError(
+                    f"'{path.name}' must hold a list of texts or of rows with a column of text, not a {type(items).__name__}"
+                )
+            yield from items
+            return
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            if kind == ".txt":
+                yield line.removesuffix("\n")
+                continue
+            try:
+                item = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+            yield item
+
+
+def _table(path: Path, kind: str) -> Iterator[Mapping[str, Any]]:
+    import datasets
+
+    with tempfile.TemporaryDirectory() as cache:  # for the lock files of datasets
+        data = datasets.load_dataset(kind[1:], data_files=str(path), split="train", streaming=True, cache_dir=cache)
+        yield from data
+
+
+def _dataset(source: Source) -> Iterator[Mapping[str, Any]]:
+    import datasets
+
+    repo, *rest = source.name.split(":")
+    config = rest[0] if len(rest) == 2 else None
+    split = rest[-1] if rest else "train"
+    try:
+        if len(rest) > 2 or not all((repo, *rest)):
+            raise ValueError("too many or empty parts")
+        yield from datasets.load_dataset(repo, config, split=split, streaming=True)
+    except Exception as error:
+        raise UsageError(
+            f"'{source.name}' is neither a file nor a dataset that can be loaded ({reason(error)}); "
+            "write name, name:split or name:config:split"
+        ) from error
+
+
+def reason(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+
+
+def texts(source: Source) -> Iterator[str]:
+    """The text of each row of a source: its column, or the first of `TEXT_COLUMNS` that a row has.
+
+    Raises:
+        UsageError: As `rows`; or there is no such column, or no text in it.
+    """
+    return (text_of(row, source) for row in rows(source))
+
+
+def text_of(row: Mapping[str, Any], source: Source) -> str:
+    """The text in a row; an absent value (None) is an empty text.
+
+    Raises:
+        UsageError: The row has no such column, or something else than text in it.
+    """
+    if source.column is not None:
+        if source.column not in row:
+            raise UsageError(f"'{_plain(source)}' has no column '{source.column}'; {nearest(source.column, row)}")
+        value = row[source.column]
+        if not isinstance(value, str | None):
+            raise UsageError(f"the column '{source.column}' of '{_plain(source)}' holds a {type(value).__name__}, not text")
+        return value or ""
+    found = next((row[c] for c in TEXT_COLUMNS if isinstance(row.get(c), str)), None)
+    if found is None:
+        if any(c in row and row[c] is None for c in TEXT_COLUMNS):
+            return ""
+        name = _plain(source)
+        raise UsageError(
+            f"'{name}' has no column of text; it has {', '.join(row) or 'none'}, wanted one of {', '.join(TEXT_COLUMNS)}; "
+            f"name another as {name}[column]"
+        )
+    return str(found)
+
+
+def _plain(source: Source) -> str:
+    return replace(source, column=None).label

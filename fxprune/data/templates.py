@@ -1,0 +1,146 @@
+"""A row of a data set as a prompt and a completion: plain text, Stanford Alpaca, or a tokenizer's own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UsageError, nearest
+from .sources import Source, reason, rows, text_of
+
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+"""The prompts of tatsu-lab/stanford_alpaca (``train.py``), with the line break after ``Response:`` that LLM-Pruner trains with
+(``templates/alpaca.json``)."""
+
+CHAT_COLUMNS = ("messages", "conversations")
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+"""Names of roles in ``from``/``value`` conversations (ShareGPT), as chat templates name them."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text to learn from.
+
+    Attributes:
+        prompt: What is given; empty for plain text.
+        completion: What is to be written after it, or the whole of a plain text. Empty if the row holds none.
+    """
+
+    prompt: str
+    completion: str
+
+
+def render(row: Mapping[str, Any], source: Source, tokenizer: Any = None) -> Example:
+    """The prompt and the completion of a row.
+
+    ``alpaca``: columns ``instruction``, ``output`` and, if there is one, ``input``. ``chat``: a list of turns, as
+    ``role``/``content`` or ``from``/``value``, in the column ``messages`` or ``conversations``; the last turn of the assistant
+    is the completion, what follows it is dropped. ``text``: the source's column, see `text_of`. ``auto`` takes chat if there is
+    such a list, alpaca if there are an instruction and an output, or else text.
+
+    Args:
+        row: One row of ``source``.
+        source: Says the template and the column.
+        tokenizer: A transformers tokenizer with a chat template; needed for ``chat`` only.
+
+    Raises:
+        UsageError: A column is missing or of another type, a turn cannot be read, or the tokenizer has no chat template.
+    """
+    template = _template(row, source)
+    if template == "chat":
+        return _chat(_turns(row, source), source, tokenizer)
+    if template == "alpaca":
+        instruction, given, output = _alpaca(row, source)
+        prompt = ALPACA_INPUT if given else ALPACA
+        return Example(prompt.format(instruction=instruction, input=given), output)
+    return Example("", text_of(row, source))
+
+
+def contents(row: Mapping[str, Any], source: Source) -> str:
+    """All words of a row without those of a template, a line break between its parts."""
+    template = _template(row, source)
+    if template == "chat":
+        return "\n".join(turn["content"] for turn in _turns(row, source))
+    return "\n".join(_alpaca(row, source)) if template == "alpaca" else text_of(row, source)
+
+
+def documents(source: Source) -> Iterator[str]:
+    """`contents` of every row: what two sources are compared by."""
+    return (contents(row, source) for row in rows(source))
+
+
+def _template(row: Mapping[str, Any], source: Source) -> str:
+    if source.template != "auto":
+        return source.template
+    columns = CHAT_COLUMNS if source.column is None else (source.column,)
+    if any(isinstance(row.get(c), list) for c in columns):
+        return "chat"
+    return "alpaca" if source.column is None and "instruction" in row and "output" in row else "text"
+
+
+def _alpaca(row: Mapping[str, Any], source: Source) -> tuple[str, str, str]:
+    values = []
+    for column in ("instruction", "input", "output"):
+        if column not in row and column != "input":
+            raise UsageError(f"'{source.label}' has no column '{column}', which the template alpaca reads; {nearest(column, row)}")
+        value = row.get(column)
+        if not isinstance(value, str | None):
+            raise UsageError(f"the column '{column}' of '{source.label}' holds a {type(value).__name__}, not text")
+        values.append(value or "")
+    return values[0], values[1], values[2]
+
+
+def _turns(row: Mapping[str, Any], source: Source) -> list[dict[str, str]]:
+    column = source.column or next((c for c in CHAT_COLUMNS if c in row), None)
+    if column is None or column not in row:
+        wanted = f"column '{column}'" if column else f"column of turns ({' or '.join(CHAT_COLUMNS)})"
+        raise UsageError(f"'{source.label}' has no {wanted}; {nearest(column or CHAT_COLUMNS[0], row)}")
+    turns = row[column]
+    if not isinstance(turns, list):
+        raise UsageError(f"the column '{column}' of '{source.label}' holds a {type(turns).__name__}, not a list of turns")
+    return [_turn(turn, source) for turn in turns]
+
+
+def _turn(turn: Any, source: Source) -> dict[str, str]:
+    pair = None
+    if isinstance(turn, Mapping):
+        pair = next(((turn[r], turn[c]) for r, c in (("role", "content"), ("from", "value")) if r in turn and c in turn), None)
+    if pair is None or not all(isinstance(value, str) for value in pair):
+        has = ", ".join(turn) if isinstance(turn, Mapping) else type(turn).__name__
+        raise UsageError(f"a turn of '{source.label}' needs texts role and content, or from and value; it has {has}")
+    return {"role": ROLES.get(pair[0], pair[0]), "content": pair[1]}
+
+
+def _chat(turns: list[dict[str, str]], source: Source, tokenizer: Any) -> Example:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise UsageError(
+            f"'{source.label}' holds conversations, and {'there is no tokenizer' if tokenizer is None else 'the tokenizer has no'}"
+            f"{'' if tokenizer is None else ' chat template'}: take an instruction-tuned model's, set tokenizer.chat_template, "
+            "or name a column of text"
+        )
+    last = next((i for i in reversed(range(len(turns))) if turns[i]["role"] == "assistant"), None)
+    if last is None or not turns[last]["content"].strip():
+        return Example("", "")
+    try:
+        whole = tokenizer.apply_chat_template(turns[: last + 1], tokenize=False)
+        for opened in (True, False):  # some templates open the assistant's turn with more than they put before its words
+            prompt = tokenizer.apply_chat_template(turns[:last], tokenize=False, add_generation_prompt=opened) if last else ""
+            if whole.startswith(prompt):
+                return Example(prompt, whole[len(prompt) :])
+    except Exception as error:  # jinja2's errors, and whatever a template's own raise_exception gives
+        raise UsageError(
+            f"the tokenizer's chat template cannot write a conversation of '{source.label}': {reason(error)}"
+        ) from error
+    raise UsageError(
+        f"the tokenizer's chat template writes the turns of '{source.label}' differently when an answer follows: "
+        "the answer cannot be told from the prompt"
+    )

@@ -1,0 +1,197 @@
+"""What an evaluation found, as data, as one table, and as the sentences that say under which protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from ..cost import Cost
+from ..errors import UsageError
+from ..report import table as markdown_table
+from .contamination import warning
+from .latency import Latency
+from .perplexity import Perplexity
+from .tasks import TaskScore
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One line of the table.
+
+    Attributes:
+        key: Name in JSON.
+        label: Name for people.
+        value: The number.
+        text: The number as it is shown.
+        dense: The dense model's, as it is shown; empty without one.
+        kept: ``value`` divided by the dense model's, None if there is none to divide by.
+    """
+
+    key: str
+    label: str
+    value: float
+    text: str
+    dense: str = ""
+    kept: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model in numbers, beside its dense model if there is one.
+
+    Attributes:
+        cost: Parameters, their bytes, multiply-accumulates per token.
+        perplexities: One for each text and length.
+        tasks: Zero-shot scores.
+        latency: Prefill and decode, if asked for.
+        settings: What else the numbers depend on; two evaluations are compared only where these agree.
+        overlaps: Evaluation texts that share too much with what the model was calibrated or trained on.
+        cut: Task requests longer than the model reads, whose first tokens were dropped.
+        versions: Software and machine.
+        dense: The same of the dense model.
+    """
+
+    cost: Cost
+    perplexities: tuple[Perplexity, ...]
+    tasks: tuple[TaskScore, ...]
+    latency: Latency | None
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    overlaps: tuple[Mapping[str, Any], ...] = ()
+    cut: int = 0
+    dense: Evaluation | None = None
+
+    @property
+    def average(self) -> float | None:
+        """Mean over the tasks of the metric that each is known by (`fxprune.evaluation.tasks.AVERAGED`)."""
+        return sum(t.score for t in self.tasks) / len(self.tasks) if self.tasks else None
+
+    @property
+    def above_chance(self) -> float | None:
+        """The average less what guessing scores."""
+        average = self.average
+        return None if average is None else average - sum(t.chance for t in self.tasks) / len(self.tasks)
+
+    def against(self, dense: Evaluation) -> Evaluation:
+        """The same evaluation beside that of the dense model.
+
+        Raises:
+            UsageError: The two were not measured alike.
+        """
+        for name, value in self.settings.items():
+            if dense.settings.get(name) != value:
+                raise UsageError(f"the dense model was measured otherwise: {name} {dense.settings.get(name)}, here {value}")
+        return replace(self, dense=replace(dense, dense=None))
+
+    def measures(self) -> list[Measure]:
+        """Every line of the table."""
+        mine, theirs = _measures(self), _measures(self.dense) if self.dense else {}
+        lines = []
+        for key, line in mine.items():
+            dense = theirs.get(key)
+            kept = line.value / dense.value if dense is not None and dense.value > 0 else None
+            lines.append(replace(line, dense=dense.text if dense else "", kept=kept))
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; ``kept`` has the share of the dense model's value for each line of the table."""
+        lines = self.measures()
+        return {
+            "fxprune_evaluation": 1,
+            "cost": self.cost.to_json(),
+            "perplexities": [p.to_json() for p in self.perplexities],
+            "tasks": [t.to_json() for t in self.tasks],
+            "average": self.average,
+            "above_chance": self.above_chance,
+            "latency": self.latency.to_json() if self.latency else None,
+            "settings": dict(self.settings),
+            "overlaps": [dict(o) for o in self.overlaps],
+            "cut": self.cut,
+            "versions": dict(self.versions),
+            "dense": self.dense.to_json() if self.dense else None,
+            "kept": {line.key: line.kept for line in lines} if self.dense else None,
+        }
+
+    def table(self) -> Table:
+        """For a terminal."""
+        table = Table(box=box.SIMPLE_HEAD)
+        header, rows = self._cells()
+        for i, name in enumerate(header):
+            table.add_column(name, justify="right" if i else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """The table and the sentences."""
+        header, rows = self._cells()
+        return markdown_table(header, rows) + "".join(f"\n{note}\n" for note in self.notes())
+
+    def notes(self) -> list[str]:
+        """What the numbers depend on, a sentence each."""
+        notes = [warning(found) for found in self.overlaps]
+        if self.tasks:
+            notes += self._task_notes()
+        for p in self.perplexities:
+            rows = f", rows by protocol {p.protocol}" if p.protocol else ""
+            notes.append(
+                f"perplexity {p.perplexity:.3f}{rows}, on {p.text}: {p.tokens:,} tokens, {p.windows} windows of {p.length}, "
+                f"stride {p.stride}"
+            )
+        if self.latency is not None:
+            timed = self.latency
+            notes.append(f"prefill {timed.prefill_ms} ms for {timed.prompt} tokens, decode {timed.decode_ms} ms/token")
+        return notes
+
+    def _task_notes(self) -> list[str]:
+        rows = "; ".join(f"{t.task} {t.rows:,} rows of {t.source}, chance {t.chance:.1%}" for t in self.tasks)
+        by = {metric: ", ".join(t.task for t in self.tasks if t.metric == metric) for metric in ("acc", "acc_norm")}
+        parts = " and ".join(f"{metric} of {names}" for metric, names in by.items() if names)
+        special = "with" if self.settings.get("special_tokens") else "without"
+        notes = [
+            f"zero-shot by {self.settings.get('harness')}, {special} a special token before each prompt: {rows}",
+            f"the average is of {parts}",
+        ]
+        if self.cut:
+            notes.append(f"{self.cut:,} requests were longer than the model reads: their first tokens were dropped")
+        return notes
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        lines = self.measures()
+        if self.dense is None:
+            return ["", "value"], [[line.label, line.text] for line in lines]
+        kept = [f"{line.kept:.1%}" if line.kept is not None else "" for line in lines]
+        return ["", "dense", "this model", "of dense"], [
+            [line.label, line.dense, line.text, share] for line, share in zip(lines, kept, strict=True)
+        ]
+
+
+def _measures(found: Evaluation) -> dict[str, Measure]:
+    lines: dict[str, Measure] = {}
+
+    def add(key: str, label: str, value: float, form: str | Callable[[float], str]) -> None:
+        lines[key] = Measure(key, label, value, form.format(value) if isinstance(form, str) else form(value))
+
+    add("parameters", "parameters", found.cost.parameters, "{:,}")
+    add("bytes", "parameter memory (MB)", found.cost.bytes, lambda n: f"{n / 1e6:,.1f}")
+    add("macs", "MACs per token", found.cost.macs, "{:,}")
+    if found.latency is not None:
+        add("prefill_ms", f"prefill of {found.latency.prompt} tokens (ms)", found.latency.prefill_ms, "{:,.1f}")
+        add("decode_ms", "decode (ms/token)", found.latency.decode_ms, "{:,.1f}")
+    for p in found.perplexities:
+        add(f"perplexity/{p.text}/{p.length}", f"perplexity {p.text}, {p.length} tokens", p.perplexity, "{:,.2f}")
+    for t in found.tasks:
+        for metric, value, spread in (("acc", t.acc, t.acc_stderr), ("acc_norm", t.acc_norm, t.acc_norm_stderr)):
+            if value is not None:
+                star = " *" if metric == t.metric else ""
+                more = f" ± {100 * spread:.1f}" if spread is not None else ""
+                add(f"{t.task}/{metric}", f"{t.task} {metric} (%){star}", value, lambda n, more=more: f"{100 * n:.1f}{more}")  # type: ignore[misc]
+    average, above = found.average, found.above_chance
+    if average is not None and above is not None:
+        add("average", "average of * (%)", average, lambda n: f"{100 * n:.1f}")
+        add("above_chance", "average above chance (%)", above, lambda n: f"{100 * n:.1f}")
+    return lines

@@ -1,0 +1,186 @@
+"""The whole evaluation of a model: cost, perplexities, zero-shot tasks, latency, each beside the dense model's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..api import versions
+from ..calibration import vocabulary_of
+from ..errors import UsageError
+from .contamination import find_overlaps
+from .latency import measure_latency
+from .perplexity import longest_input, perplexity, window_starts
+from .result import Evaluation
+from .size import measure_cost
+from .tasks import TASKS, Row, Scores, check_numbers, check_tasks, read_tasks, score_tasks
+from .text import PROTOCOLS, text_rows, token_stream
+
+Progress = Callable[[str, int, int], None]
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    texts: Mapping[str, str | os.PathLike[str]] | None = None,
+    lengths: Sequence[int] = (128,),
+    stride: int | None = None,
+    max_windows: int | None = None,
+    protocol: str = PROTOCOLS[0],
+    tasks: Sequence[str] = TASKS,
+    data: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    latency: bool = False,
+    dense: nn.Module | Evaluation | None = None,
+    seen: Sequence[Mapping[str, Any]] = (),
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a causal LM, and say with every number what it depends on.
+
+    Everything that can be refused is refused before a model is run.
+
+    Args:
+        model: A Hugging Face causal LM, or one that `fxprune.load` gave. (A traced graph knows no vocabulary: `perplexity` and
+            `fxprune.evaluation.score_tasks` take it.)
+        tokenizer: Its tokenizer; needed for texts and tasks.
+        texts: For each name a file or a ``datasets`` name to measure perplexity on, such as
+            ``{"wikitext2": "wikitext2_raw_test.txt", "ptb": "ptb_valid.txt"}``.
+        lengths: Tokens of the windows; a perplexity for each text and each length.
+        stride: Tokens between window starts; by default the length: windows do not overlap.
+        max_windows: Stop after so many of each text.
+        protocol: How a text's rows become tokens, see `fxprune.evaluation.text.PROTOCOLS`.
+        tasks: Names out of `fxprune.evaluation.tasks.TASKS`; none with ``()``.
+        data: A directory with ``boolq.jsonl.gz`` and so on, see `fxprune.evaluation.tasks.read_rows`; by default from the hub.
+        limit: Only the first rows of each task.
+        batch_size: Requests at a time, and windows of up to 128 tokens; of longer ones fewer, so that memory stays the same.
+        latency: Measure prefill and decode too.
+        dense: The dense model, measured in the same way, or an evaluation of it from before.
+        seen: What the model was calibrated or trained on: the entries ``data`` of its report, see
+            `fxprune.evaluation.contamination.read_seen`. Texts and task files that overlap with it are named in the result.
+        progress: Called with (what, done, total).
+
+    Returns:
+        An `Evaluation`: ``print(evaluation.markdown())`` is the table.
+
+    Raises:
+        UsageError: An argument, text or file that cannot be used; lm-eval is missing and a task is wanted; ``dense`` was measured
+            otherwise.
+    """
+    names, texts, lengths = check_tasks(tasks), texts or {}, tuple(dict.fromkeys(lengths))
+    check_numbers(limit=limit, batch_size=batch_size)
+    if (texts or names) and tokenizer is None:
+        raise UsageError("texts and tasks need a tokenizer: pass tokenizer=")
+    if texts and not lengths:
+        raise UsageError("a perplexity needs a window length: lengths is empty")
+    if vocabulary_of(model) is None:
+        raise UsageError(f"an evaluation runs on token ids, and {type(model).__name__} has no vocabulary")
+    rows, files = read_material(texts, names, protocol=protocol, data=data, limit=limit)
+    windows: dict[str, Any] = {"stride": stride, "max_windows": max_windows}
+    ids = {name: token_stream(tokenizer, text, protocol=protocol) for name, text in rows.items()}
+    models = [model, dense] if isinstance(dense, nn.Module) else [model]
+    for measured in models:
+        for name, stream in ids.items():
+            for length in lengths:
+                window_starts(measured, stream, length=length, text=name, **windows)
+    contexts = {name: [row["context"] for row in found] for name, (found, _) in (files or {}).items()}
+    overlaps = find_overlaps({**rows, **contexts}, seen)
+
+    def one(measured: nn.Module) -> Evaluation:
+        scores = Scores((), 0, False, "")
+        perplexities = [
+            perplexity(
+                measured,
+                stream,
+                length=length,
+                batch_size=max(1, batch_size * 128 // max(length, 128)),
+                text=name,
+                protocol=protocol,
+                source=_label(texts[name]),
+                progress=_named(progress, f"perplexity {name}, {length}"),
+                **windows,
+            )
+            for name, stream in ids.items()
+            for length in lengths
+        ]
+        if names:
+            options: dict[str, Any] = {"data": data, "limit": limit, "batch_size": batch_size, "progress": progress}
+            scores = score_tasks(measured, tokenizer, names, **options)
+        room = (longest_input(measured) or 144) - 16
+        timed = measure_latency(measured, prompt=min(128, room), new_tokens=16) if latency else None
+        return Evaluation(
+            cost=measure_cost(measured),
+            perplexities=tuple(perplexities),
+            tasks=scores.tasks,
+            latency=timed,
+            settings=_settings(texts, ids, lengths, stride, max_windows, protocol, scores, limit),
+            versions=versions(),
+            cut=scores.cut,
+        )
+
+    found = replace(one(model), overlaps=overlaps)
+    if dense is None:
+        return found
+    return found.against(dense if isinstance(dense, Evaluation) else one(dense))
+
+
+def read_material(
+    texts: Mapping[str, str | os.PathLike[str]],
+    tasks: Sequence[str],
+    *,
+    protocol: str = PROTOCOLS[0],
+    data: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+) -> tuple[dict[str, list[str]], Mapping[str, tuple[list[Row], str]] | None]:
+    """Rows of the texts, and of the task files if there is a directory of them.
+
+    Raises:
+        UsageError: One of them is missing or damaged; nothing has been run yet.
+    """
+    rows = {name: text_rows(source, name=name, protocol=protocol) for name, source in texts.items()}
+    return rows, read_tasks(data, tasks, limit)
+
+
+def _settings(
+    texts: Mapping[str, Any],
+    ids: Mapping[str, Tensor],
+    lengths: Sequence[int],
+    stride: int | None,
+    max_windows: int | None,
+    protocol: str,
+    scores: Scores,
+    limit: int | None,
+) -> dict[str, Any]:
+    """What two evaluations must share to be compared."""
+    found: dict[str, Any] = {}
+    if texts:
+        found |= {
+            "texts": {name: {"source": _label(source), "tokens": len(ids[name])} for name, source in texts.items()},
+            "lengths": list(lengths),
+            "stride": stride,
+            "max_windows": max_windows,
+            "protocol": protocol,
+        }
+    if scores.tasks:
+        found |= {
+            "tasks": {t.task: {"source": t.source, "rows": t.rows, "metric": t.metric} for t in scores.tasks},
+            "limit": limit,
+            "harness": scores.harness,
+            "special_tokens": scores.special_tokens,
+        }
+    return found
+
+
+def _label(source: str | os.PathLike[str]) -> str:
+    """A file without its folders, a dataset's name as it is."""
+    return Path(source).name if Path(source).is_file() else os.fspath(source)
+
+
+def _named(progress: Progress | None, what: str) -> Progress | None:
+    return None if progress is None else lambda _, done, total: progress(what, done, total)

@@ -1,0 +1,246 @@
+"""From a traced model to a plan: calibrate, score, measure sensitivity, select."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from .calibration import Calibration, load_calibration
+from .criteria import Criterion, UserCriterion, check_aggregation, find_criterion
+from .data.overlap import Sketch
+from .errors import UsageError, nearest
+from .groups import Groups
+from .passes.compensation import check_compensation
+from .passes.importance import Loss, score
+from .passes.influence import block_influence
+from .passes.selection import LAYERS, Selection, select
+from .passes.sensitivity import measurable, measure_curves
+from .plan import PrunePlan
+from .recipes import SETTINGS, RecipeLike, read_recipe
+
+log = logging.getLogger("fxprune")
+
+LAYERS_BY = ("influence", "first")
+
+FALLBACK = "taylor1"
+"""What scores the groups that an activation criterion cannot: units that no linear map contracts."""
+
+Batches = Sequence[Mapping[str, torch.Tensor]]
+
+
+def check_layers_by(layers_by: str) -> None:
+    """Raise `UsageError` unless blocks can be ranked that way."""
+    if layers_by not in LAYERS_BY:
+        raise UsageError(f"unknown layers_by '{layers_by}'; {nearest(str(layers_by), LAYERS_BY)}")
+
+
+@dataclass(frozen=True)
+class Planning:
+    """How units are chosen: the settings of a recipe but for the selection itself.
+
+    Attributes:
+        criterion: See `fxprune.criteria.CRITERIA`.
+        aggregation: See `fxprune.criteria.AGGREGATIONS`.
+        compensation: See `fxprune.passes.compensation.COMPENSATIONS`.
+        layers_by: ``influence`` or ``first``.
+        samples: Calibration samples.
+        length: Tokens of each.
+        batch_size: Samples at a time.
+        levels: Steps into which a group is cut where sensitivity is measured.
+        sensitivity_samples: How many of the samples sensitivity is measured on.
+        rounds: How often it is measured: the first time with all other groups whole, then with them pruned as it came out.
+        seed: Of calibration and random scores.
+    """
+
+    criterion: str | Criterion | UserCriterion
+    aggregation: str
+    compensation: str
+    layers_by: str
+    samples: int
+    length: int
+    batch_size: int
+    levels: int
+    sensitivity_samples: int
+    rounds: int
+    seed: int
+
+    def check(self) -> None:
+        """Refuse what cannot be used, before a model is touched."""
+        find_criterion(self.criterion)
+        check_aggregation(self.aggregation)
+        check_compensation(self.compensation)
+        check_layers_by(self.layers_by)
+        for name in ("levels", "sensitivity_samples", "rounds"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the plan's recipe."""
+        found = find_criterion(self.criterion)
+        name = found.name if isinstance(found, Criterion) else getattr(found, "__name__", "callable")
+        return {**vars(self), "criterion": name}
+
+
+def settle(
+    recipe: RecipeLike,
+    given: Mapping[str, Any],
+    ratio: float | None,
+    selection: Selection | None,
+    plan: PrunePlan | None,
+    options: Mapping[str, Any],
+    seed: int,
+) -> tuple[Planning, Selection | None]:
+    """The settings of a run, out of a recipe and what was given beside it; contradictions are refused.
+
+    Args:
+        recipe: As for `fxprune.prune`. Where it is None and the criterion that is given needs no calibration, nothing else does:
+            every layer shrinks alike, without compensation.
+        given: Settings but for the selection's; None where the recipe decides.
+        ratio: Share of all parameters to remove.
+        selection: A ready selection.
+        plan: A plan to replay.
+        options: Fields of a selection.
+        seed: Of calibration and random scores.
+
+    Returns:
+        (how to score, what to select or None where a plan is replayed).
+
+    Raises:
+        UsageError: An unknown setting, or settings that contradict each other.
+    """
+    fields = [f.name for f in dataclasses.fields(Selection)]
+    for name in options:
+        if name not in fields:
+            raise UsageError(f"unknown option '{name}'; {nearest(name, fields)}")
+    typed = [*(["ratio"] if ratio is not None else []), *options]
+    if plan is not None and (typed or selection is not None):
+        raise UsageError(f"plan= is replayed as it is: leave out {(typed or ['selection'])[0]}=")
+    if selection is not None and typed:
+        raise UsageError(f"selection= says what to remove: leave out {typed[0]}=")
+    said = read_recipe(recipe)
+    criterion = None if given.get("criterion") is None else find_criterion(given["criterion"])
+    if recipe is None and isinstance(criterion, Criterion) and not criterion.calibrated:
+        said = {}  # who asks for a criterion that needs no data gets a prune that needs none
+    settings = {**SETTINGS, **said, **{k: v for k, v in given.items() if v is not None}}
+    if plan is not None and given.get("compensation") is None:
+        settings["compensation"] = "none"
+    how = Planning(**{f.name: settings[f.name] for f in dataclasses.fields(Planning) if f.name in settings}, seed=seed)
+    how.check()
+    if plan is not None or selection is not None:
+        return how, selection
+    own = {name: settings[name] for name in fields if name in settings} | dict(options)
+    if LAYERS in own["kinds"] and "ranking" not in options:
+        own["ranking"] = "local"  # whole layers are ranked among themselves
+    if isinstance(options.get("units"), Mapping) and "kinds" not in options:
+        del own["kinds"]  # the shares say which
+    return how, Selection(ratio=ratio, **own)
+
+
+@dataclass
+class Material:
+    """Calibration batches, loaded when something first asks for them.
+
+    Attributes:
+        described: One line that says what they are; ``none`` if nothing asked.
+    """
+
+    source: Calibration
+    model: nn.Module
+    tokenizer: Any
+    how: Planning
+    clock: Callable[..., Any]
+    described: str = "none"
+    _batches: Batches | None = field(default=None, repr=False)
+
+    def batches(self) -> Batches:
+        """All batches."""
+        if self._batches is None:
+            shape = {
+                "samples": self.how.samples,
+                "length": self.how.length,
+                "batch_size": self.how.batch_size,
+                "seed": self.how.seed,
+            }
+            self._batches, self.described = self.clock(
+                "calibration", load_calibration, self.source, model=self.model, tokenizer=self.tokenizer, **shape
+            )
+        assert self._batches is not None
+        return self._batches
+
+    def seen(self) -> list[dict[str, Any]]:
+        """What the report says of the text: its name and a sketch of it, so that `fxprune eval` can tell if it reads it again."""
+        if self._batches is None or self.source is None or self.tokenizer is None:
+            return []
+        samples = (row for batch in self._batches if "input_ids" in batch for row in batch["input_ids"])
+        sketch = Sketch(self.tokenizer.decode(row, skip_special_tokens=True) for row in samples)
+        return [{"use": "calibration", "name": self.described, "sketch": sketch.to_json()}]
+
+
+def make_plan(
+    gm: GraphModule,
+    groups: Groups,
+    chosen: Selection,
+    how: Planning,
+    material: Material,
+    *,
+    loss: Loss | None,
+    clock: Callable[..., Any],
+    progress: Callable[[str, int, int], None] | None,
+) -> PrunePlan:
+    """Score, measure and select."""
+    found = find_criterion(how.criterion)
+    kinds = [kind for kind, pace in chosen.pace.items() if pace > 0 and kind != LAYERS]
+    influence = None
+    if chosen.pace.get(LAYERS, 0) > 0 and how.layers_by == "influence":
+        influence = clock("influence", block_influence, gm, groups, material.batches())
+    scores, curves, notes = {}, None, []
+    if kinds:
+        options = {"aggregation": how.aggregation, "loss": loss, "seed": how.seed, "progress": progress}
+        calibrated = not isinstance(found, Criterion) or found.calibrated
+        batches = material.batches() if calibrated else ()
+        scores = clock("importance", score, gm, groups, criterion=found, calibration=batches, **options)
+        missing = [g.name for g in groups.values() if g.prunable and g.kind in kinds and g.name not in scores]
+        if missing:
+            log.info("no linear map contracts the units of %s: scored by %s", ", ".join(missing), FALLBACK)
+            notes.append(
+                f"{len(missing)} groups, such as {missing[0]}, were scored by {FALLBACK}: no linear map contracts their units"
+            )
+            others = clock("importance (fallback)", score, gm, groups, criterion=FALLBACK, calibration=batches, **options)
+            scores |= {name: others[name] for name in missing}
+    measured: list[str] = []
+    if kinds and chosen.ranking == "measured" and chosen.units is None:
+        measured = [g.name for g in measurable(groups) if g.kind in kinds]
+        if not measured:
+            notes.append("a norm or a router looks at the units of these kinds, so their loss was not measured: all shrink alike")
+            chosen = dataclasses.replace(chosen, ranking="local")
+    plan: PrunePlan | None = None
+    for number in range(how.rounds if measured else 1):
+        if measured:
+            curves = clock(
+                f"sensitivity, round {number + 1}",
+                measure_curves,
+                gm,
+                groups,
+                scores,
+                material.batches(),
+                names=measured,
+                levels=how.levels,
+                samples=how.sensitivity_samples,
+                compensated=how.compensation == "least-squares",
+                plan=plan,
+                by="divergence" if loss is None else "loss",
+                loss=loss,
+                progress=progress,
+            )
+        recipe = {**how.to_json(), "calibration": material.described}
+        facts = {"block_scores": influence, "curves": curves, "recipe": recipe, "notes": notes}
+        plan = clock("selection", select, groups, scores, chosen, **facts)
+    assert plan is not None
+    return plan

@@ -1,0 +1,137 @@
+"""Recipes: named settings of `fxprune.prune`, as mappings of its keyword arguments, and recipe files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from .errors import UsageError, nearest
+
+RecipeLike: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | None"
+
+SETTINGS: dict[str, Any] = {
+    "criterion": "taylor2",
+    "aggregation": "sum",
+    "compensation": "none",
+    "layers_by": "influence",
+    "samples": 32,
+    "length": 128,
+    "batch_size": 8,
+    "levels": 4,
+    "sensitivity_samples": 8,
+    "rounds": 1,
+    "kinds": ("kv_heads", "query_groups", "ffn"),
+    "ranking": "local",
+    "widths": "uniform",
+    "protect_first": 0,
+    "protect_last": 0,
+    "protect": (),
+    "multiple": 1,
+    "floor": 0.0,
+}
+"""Every setting of a recipe, with what it is where a recipe does not say; each is a keyword of `fxprune.prune`."""
+
+HEADS_AND_FFN = ("kv_heads", "ffn")
+
+SEARCHED = {
+    "criterion": "kfac",
+    "ranking": "measured",
+    "kinds": HEADS_AND_FFN,
+    "compensation": "least-squares",
+    "samples": 128,
+    "rounds": 3,
+}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {**SEARCHED, "widths": "per-layer"},
+    "uniform": SEARCHED,
+    "llm-pruner": {
+        "criterion": "taylor1",
+        "kinds": HEADS_AND_FFN,
+        "widths": "per-layer",
+        "protect_first": 4,
+        "protect_last": 2,
+        "samples": 10,
+        "length": 64,
+        "batch_size": 10,
+    },
+    "wanda-sp": {"criterion": "wanda", "kinds": HEADS_AND_FFN, "samples": 128},
+    "flap": {
+        "criterion": "flap",
+        "ranking": "standardised",
+        "kinds": HEADS_AND_FFN,
+        "widths": "per-layer",
+        "compensation": "bias",
+        "samples": 128,
+    },
+    "magnitude": {"criterion": "l2", "kinds": HEADS_AND_FFN},
+    "random": {"criterion": "random", "kinds": HEADS_AND_FFN},
+    "channel": {"criterion": "taylor1", "kinds": ("hidden",), "samples": 10, "length": 64, "batch_size": 10},
+}
+"""``default`` is what measures best (benchmarks/paper), ``uniform`` the best that every stock class loads. ``llm-pruner`` (blocks,
+the first four and last two layers whole, ten samples) and ``channel`` are LLM-Pruner's (arXiv 2305.11627, section 4.1);
+``wanda-sp`` and ``flap`` follow the FLAP paper (arXiv 2312.11983, sections 3 and 4): a head's score is the sum over its features,
+where the authors' code squares and averages them.
+"""
+
+
+def read_recipe(recipe: RecipeLike) -> dict[str, Any]:
+    """The settings that a recipe says.
+
+    Args:
+        recipe: A name from `RECIPES`, a YAML or JSON file, a mapping, or None for ``default``. A file or a mapping may build on a
+            named recipe with the key ``recipe``.
+
+    Returns:
+        Keyword arguments of `fxprune.prune`.
+
+    Raises:
+        UsageError: An unknown name or setting, or a file that cannot be read.
+    """
+    if recipe is None:
+        return dict(RECIPES["default"])
+    if isinstance(recipe, Mapping):
+        return _checked(recipe, "the recipe")
+    name = os.fspath(recipe)
+    if name in RECIPES:
+        return dict(RECIPES[name])
+    path = Path(name)
+    if not path.is_file():
+        if path.suffix in (".yaml", ".yml", ".json"):
+            raise UsageError(f"there is no recipe file '{name}'")
+        raise UsageError(f"unknown recipe '{name}'; {nearest(name, RECIPES)}, or name a .yaml file")
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read the recipe '{path.name}': {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(data, Mapping):
+        raise UsageError(f"the recipe '{path.name}' must hold settings with their values, not a {type(data).__name__}")
+    return _checked(data, f"the recipe '{path.name}'")
+
+
+def _checked(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    base = data.get("recipe")
+    if base is not None and (not isinstance(base, str) or base not in RECIPES):
+        raise UsageError(f"{where} builds on an unknown recipe '{base}'; {nearest(str(base), RECIPES)}")
+    own = {key: value for key, value in data.items() if key != "recipe"}
+    for key in own:
+        if key not in SETTINGS:
+            raise UsageError(f"{where} has an unknown setting '{key}'; {nearest(str(key), SETTINGS)}")
+        if wrong := _misfit(key, own[key]):
+            raise UsageError(f"{where}: {key} must be {wrong}, got {own[key]!r}")
+    return {**(RECIPES[base] if base is not None else {}), **own}
+
+
+def _misfit(key: str, value: Any) -> str:
+    """What a setting should be instead of this; empty where it can be used (or is refused elsewhere, by name)."""
+    if key == "kinds":
+        return "" if isinstance(value, str | Sequence | Mapping) else "names of kinds, or a mapping from kind to pace"
+    if key == "floor":
+        return "" if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
+    if type(SETTINGS[key]) is int and key != "multiple":
+        return "" if type(value) is int else "a whole number"
+    return ""

@@ -1,0 +1,167 @@
+"""The loss: next-token cross-entropy, divergence from a teacher's predictions, distance from its hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional
+
+from ..data.examples import IGNORED
+from ..errors import UsageError
+from .settings import Recovery
+
+PROBE = 4
+"""Tokens of the input on which two models are compared before training."""
+
+
+def inputs_of(model: nn.Module) -> frozenset[str]:
+    """Which of a batch's tensors a model takes: a graph what it was traced with, an eager model all but the labels.
+
+    Rows are padded on the right: with causal attention no token sees the padding, so a graph without a mask loses nothing.
+    """
+    known = frozenset({"input_ids", "position_ids", "attention_mask"})
+    if isinstance(model, GraphModule):
+        return known & {str(n.target) for n in model.graph.nodes if n.op == "placeholder"}
+    return known
+
+
+def only(names: frozenset[str], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Some of a batch's tensors."""
+    return {name: tensor for name, tensor in batch.items() if name in names}
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits ``[rows, tokens, vocabulary]`` of a model's output."""
+    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    return logits
+
+
+class Objective:
+    """The loss of a batch, summed over its predicted tokens.
+
+    ``(1 - w) CE + w T^2 KL(teacher || student)`` with w ``distill_weight`` and T ``distill_temperature`` (Hinton et al.,
+    arXiv 1503.02531, section 2), plus ``hidden_weight`` times the mean over layers of ``|h - h_teacher|^2 / |h_teacher|^2``, where
+    h is the residual stream after a layer, at the tokens that predict.
+
+    Args:
+        student: As it is called in training.
+        takes: What it takes, see `inputs_of`.
+        teacher: The dense model, if the settings want one.
+        settings: Weights and temperature.
+    """
+
+    def __init__(self, student: nn.Module, takes: frozenset[str], teacher: nn.Module | None, settings: Recovery) -> None:
+        self.student, self.takes, self.teacher, self.settings = student, takes, teacher, settings
+        self.teacher_takes = frozenset() if teacher is None else inputs_of(teacher)
+        self.options: dict[str, Any] = {"output_hidden_states": True} if settings.hidden_weight else {}
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The sum over the predicted tokens of a batch ``[rows, tokens]``, a float32 scalar."""
+        settings, labels = self.settings, batch["labels"][:, 1:]
+        output = self.student(**only(self.takes, batch), **self.options)
+        logits = logits_of(output)[:, :-1].float()
+        loss = torch.zeros((), device=logits.device)
+        if settings.distill_weight < 1:
+            flat = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+            loss = loss + (1 - settings.distill_weight) * flat
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            known = self.teacher(**only(self.teacher_takes, batch), **self.options)
+        counted = labels != IGNORED
+        if settings.distill_weight:
+            wanted = logits_of(known)[:, :-1].float()
+            loss = loss + settings.distill_weight * divergence(logits, wanted, counted, settings.distill_temperature)
+        if settings.hidden_weight:
+            loss = loss + settings.hidden_weight * hidden_distance(output.hidden_states, known.hidden_states, counted)
+        return loss
+
+
+def divergence(logits: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
+    """``T^2 KL(teacher || student)`` of the softened predictions, summed over the tokens that count.
+
+    Args:
+        logits: ``[rows, tokens, vocabulary]``.
+        teacher: The same shape.
+        counted: Bool ``[rows, tokens]``.
+        temperature: T.
+    """
+    ours = functional.log_softmax(logits / temperature, -1)
+    theirs = functional.log_softmax(teacher / temperature, -1)
+    each = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * (each * counted).sum()
+
+
+def hidden_distance(states: tuple[Tensor, ...], teacher: tuple[Tensor, ...], counted: Tensor) -> Tensor:
+    """Relative squared distance of two residual streams, meaned over the layers and summed over the tokens that count.
+
+    Args:
+        states: For the embedding and each layer ``[rows, tokens + 1, width]``.
+        teacher: The same shapes.
+        counted: Bool ``[rows, tokens]``.
+    """
+    total = torch.zeros((), device=counted.device)
+    for ours, theirs in zip(states[1:], teacher[1:], strict=True):
+        wanted = theirs[:, :-1].float()
+        each = (ours[:, :-1].float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
+        total = total + (each * counted).sum()
+    return total / (len(states) - 1)
+
+
+@torch.no_grad()
+def check_teacher(student: nn.Module, teacher: nn.Module, settings: Recovery) -> None:
+    """See that the two can be compared.
+
+    Raises:
+        UsageError: They have another vocabulary, or hidden states were asked for and their layers or widths differ.
+    """
+    device = next(student.parameters()).device
+    batch = {"input_ids": torch.zeros(1, PROBE, dtype=torch.long, device=device)}
+    if settings.hidden_weight:
+        for role, model in (("model", student), ("teacher", teacher)):
+            if not hasattr(model, "config"):
+                raise UsageError(f"hidden_weight compares hidden states, and this {role} gives none: it is no Hugging Face model")
+    options: dict[str, Any] = {"output_hidden_states": True} if settings.hidden_weight else {}
+    ours, theirs = student(**batch, **options), teacher(**batch, **options)
+    sizes = logits_of(ours).shape[-1], logits_of(theirs).shape[-1]
+    if sizes[0] != sizes[1]:
+        raise UsageError(f"the teacher predicts {sizes[1]} tokens, the model {sizes[0]}: it must be the dense model")
+    if settings.hidden_weight:
+        layers = len(ours.hidden_states) - 1, len(theirs.hidden_states) - 1
+        widths = ours.hidden_states[0].shape[-1], theirs.hidden_states[0].shape[-1]
+        if layers[0] != layers[1] or widths[0] != widths[1]:
+            raise UsageError(
+                f"hidden_weight needs a teacher with the same layers and hidden size: it has {layers[1]} layers of {widths[1]}, "
+                f"the model {layers[0]} of {widths[0]}; distill_weight needs neither"
+            )
+
+
+@torch.no_grad()
+def keeps_apart(model: nn.Module, vocabulary: int) -> bool:
+    """True if examples packed in a row do not see each other: the second one's logits are those that it has alone.
+
+    Args:
+        model: Called with ``input_ids`` and ``position_ids`` that begin anew.
+        vocabulary: Token ids to draw from.
+    """
+    device, training = next(model.parameters()).device, model.training
+    ids = torch.randint(0, vocabulary, (1, 12), generator=torch.Generator().manual_seed(0)).to(device)
+    positions = torch.cat([torch.arange(7), torch.arange(5)]).view(1, 12).to(device)
+    packed = {"input_ids": ids, "position_ids": positions}
+    if "position_ids" not in inputs_of(model):
+        return False
+    model.eval()
+    try:
+        together = logits_of(model(**packed))[0, 7:].float()
+        alone = logits_of(model(input_ids=ids[:, 7:], position_ids=positions[:, 7:]))[0].float()
+        seen = logits_of(model(input_ids=ids))[0, 7:].float()  # as far as off as not being apart can be
+    except TypeError:  # a class that takes no positions
+        return False
+    finally:
+        model.train(training)
+    error, most = (together - alone).abs().max(), (seen - alone).abs().max()
+    return bool(error < 0.05 * most)

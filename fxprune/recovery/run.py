@@ -1,0 +1,303 @@
+"""Recover a pruned model: one call from data to a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from ..api import versions
+from ..capture import quiet
+from ..checkpoint.save import check_target
+from ..checkpoint.source import load_source
+from ..data import Batches, Examples, Sources
+from ..errors import UsageError
+from ..evaluation.perplexity import longest_input
+from .adapters import merged, prepare, trained
+from .loop import Plan, Progress, Training
+from .material import Material, check_tokens, load_material, sources_of
+from .memory import choose_sizes
+from .objective import check_teacher, keeps_apart, logits_of
+from .result import RecoveryReport, RecoveryResult
+from .settings import FREE, Recovery, settings_of
+from .state import StateDirectory
+from .subject import Subject, find_subject, fingerprint, plan_name
+from .world import World, find_world
+
+
+def recover(
+    target: Any,
+    data: Sources | Examples,
+    *,
+    tokenizer: Any = None,
+    recipe: str | Recovery = "default",
+    teacher: str | os.PathLike[str] | nn.Module | None = None,
+    validation: Sources | Examples | None = None,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    device: torch.device | str | None = None,
+    dtype: str | torch.dtype = "auto",
+    progress: Progress | None = None,
+    **overrides: Any,
+) -> RecoveryResult:
+    """Train a pruned model until it knows again what it knew.
+
+    Under ``torchrun`` or ``accelerate launch`` the processes share each batch (DDP, or FSDP if accelerate is told to use it); every
+    one of them returns the result, the first one writes.
+
+    Args:
+        target: What `fxprune.prune` returned, a checkpoint's directory, an eager Hugging Face model, or a pruned GraphModule. It is
+            not changed.
+        data: Text to train on, as for `fxprune.data.parse_sources` (``"alpaca.jsonl.gz"``, ``"a.jsonl=0.7,b.txt=0.3"``, a
+            ``datasets`` name), or examples that were read already.
+        tokenizer: By default the target's.
+        recipe: A name of `fxprune.recovery.settings.RECIPES`, or settings.
+        teacher: The dense model (a directory, a hub id or a module) for ``distill_weight`` and ``hidden_weight``.
+        validation: Text to measure on; by default examples held out of the data.
+        output: Where to write the checkpoint. The training state is kept beside it, in ``OUTPUT.recovering``, until that is done:
+            the same call goes on after a kill with the same result. Without it nothing is written.
+        overwrite: Replace an existing checkpoint there.
+        restart: Drop a training state that is there.
+        device: Where to train; by default where the model is, for a directory the CPU.
+        dtype: For a directory, the dtype of the weights.
+        progress: Called with (what, done, total).
+        **overrides: Fields of `fxprune.recovery.settings.Recovery`.
+
+    Returns:
+        The recovered model with its report.
+
+    Raises:
+        UsageError: Something that was given cannot be used; says what, and what can. A state that belongs to another run.
+        CheckpointError: The disk is full or the checkpoint cannot be read back; the training state stays.
+        FxPruneError: The loss is not finite, or memory ran out; says what to lower. The training state stays.
+    """
+    settings = settings_of(recipe, overrides)
+    if settings.distils and teacher is None:
+        name = "distill_weight" if settings.distill_weight else "hidden_weight"
+        raise UsageError(f"{name} is {getattr(settings, name):g} and there is no teacher: pass the dense model, teacher=")
+    if teacher is not None and not settings.distils:
+        raise UsageError("there is a teacher and nothing to learn from it: set distill_weight or hidden_weight")
+    read, held = sources_of(data), None if validation is None else sources_of(validation)
+    if output is not None:
+        check_target(output, overwrite=overwrite)
+    if isinstance(data, Examples) and len(data):
+        settings = replace(settings, cutoff=max(settings.cutoff, int(data.lengths.max())))
+    with ExitStack() as stack:
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        subject = find_subject(target, tokenizer, device=device if alone else None, dtype=dtype)
+        if output is not None and not hasattr(subject.model, "save_pretrained") and (subject.pruned is None or _graph(subject)):
+            raise UsageError("a GraphModule has no checkpoint form: leave output out, and keep result.model")
+        world = find_world(_home(subject.model, device))
+        material = load_material(read, held, subject.tokenizer, settings, progress=progress if world.main else None)
+        check_tokens(material.train, subject.model)
+        recovery = _Recovery(settings, subject, material, world)
+        recovery.name = recipe if isinstance(recipe, str) else "own"
+        stack.enter_context(torch.random.fork_rng(devices=[world.device.index] if world.device.type == "cuda" else []))
+        dense = recovery.teacher(teacher, stack)
+        state = None
+        if output is not None:
+            state = StateDirectory(output, recovery.identity(dense), restart=restart, main=world.main)
+            stack.callback(state.close)
+        training = recovery.train(dense, state, progress)
+        result = recovery.result(training, dense)
+        if output is not None and state is not None:
+            if world.main:
+                result.save_pretrained(output, overwrite=overwrite)
+                state.remove()
+            world.wait()
+        return result
+
+
+def _graph(subject: Subject) -> bool:
+    return isinstance(subject.model, GraphModule)
+
+
+def _home(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    return next(model.parameters()).device if device is None else torch.device(device)
+
+
+@dataclass
+class _Recovery:
+    """The parts of a run, put together."""
+
+    settings: Recovery
+    subject: Subject
+    material: Material
+    world: World
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        settings, model = self.settings, self.subject.model
+        self.notes: list[str] = []
+        cuda = self.world.device.type == "cuda"
+        self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+        self.packing = self._packing()
+        self.length = max(settings.length, settings.cutoff) if self.packing else settings.cutoff
+        longest = longest_input(model)
+        if longest is not None and self.length > longest:
+            name = "length" if self.packing and settings.length > settings.cutoff else "cutoff"
+            raise UsageError(f"the model reads at most {longest} tokens, and {name} is {self.length}: lower it")
+
+    def _packing(self) -> bool:
+        settings, model = self.settings, self.subject.model
+        if settings.packing == "off":
+            return False
+        rows = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
+        with quiet(model):
+            apart = keeps_apart(model, rows)
+        if apart:
+            return True
+        why = "a graph takes the inputs it was traced with" if _graph(self.subject) else "its attention reads no position_ids"
+        if settings.packing == "on":
+            raise UsageError(
+                f"packing=on: this {type(model).__name__} does not keep packed examples apart ({why}); say packing=off"
+            )
+        self.notes.append(f"not packed: the {type(model).__name__} does not keep packed examples apart ({why})")
+        return False
+
+    def teacher(self, given: Any, stack: ExitStack) -> nn.Module | None:
+        """The dense model in evaluation mode, on the device."""
+        if given is None:
+            return None
+        if isinstance(given, nn.Module):
+            model = given
+        else:
+            model, _ = load_source(given, dtype=next(self.subject.model.parameters()).dtype)
+        model = model.to(self.world.device)
+        if not isinstance(model, GraphModule):  # which is as it was traced: in evaluation mode, without a cache
+            stack.enter_context(quiet(model))
+        with quiet(self.subject.model):
+            check_teacher(self.subject.model, model, self.settings)
+        return model
+
+    def identity(self, teacher: nn.Module | None) -> dict[str, Any]:
+        """What a training state belongs to."""
+        held = self.material.held
+        settings = {k: v for k, v in self.settings.to_json().items() if k not in FREE}
+        return {
+            **settings,
+            "the model": fingerprint(self.subject.model),
+            "its plan": plan_name(self.subject.plan),
+            "the data": self.material.train.fingerprint[:16],
+            "the validation data": "none" if held is None else held.fingerprint[:16],
+            "the teacher": "none" if teacher is None else fingerprint(teacher),
+            "bf16": self.bf16,
+            "packed": self.packing,
+        }
+
+    def train(self, teacher: nn.Module | None, state: StateDirectory | None, progress: Progress | None) -> Training:
+        """Run the loop."""
+        settings, world = self.settings, self.world
+        batches, held = (
+            self._batches(self.material.train),
+            None if self.material.held is None else self._batches(self.material.held),
+        )
+        student = prepare(self.subject.model, settings, wide=not self.bf16)
+        for module in student.modules():
+            config: Any = getattr(module, "config", None)
+            parts: tuple[Any, ...] = (config, getattr(config, "text_config", None))
+            for part in parts:
+                if getattr(part, "use_cache", None) is True:
+                    part.use_cache = False
+        if not world.sharded:
+            student = student.to(world.device)
+        sizes = choose_sizes(
+            student, settings, length=self.length, processes=world.size, device=world.device, width=2 if self.bf16 else 4
+        )
+        if sizes.checkpointing:
+            name = "activation_checkpointing_enable"  # older transformers know the other name only
+            switch = getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")
+            switch({"use_reentrant": False})
+        compiled = settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda" and not world.sharded)
+        plan = Plan(settings, self._steps(len(batches)), sizes.micro, self.bf16, compiled)
+        self.plan, self.sizes = plan, sizes
+        self.trained = sum(p.numel() for p in trained(student).values())
+        wrapped = world.wrap(student)
+        self._try(student)
+        training = Training(student, wrapped, teacher, batches, held, plan, world, state, progress)
+        training.run()
+        return training
+
+    def _try(self, student: nn.Module) -> None:
+        """See that the model takes batches of other sizes than it was traced with."""
+        if not isinstance(student, GraphModule):
+            return
+        try:
+            with torch.no_grad():
+                for shape in ((1, 7), (3, 5)):
+                    logits_of(student(input_ids=torch.zeros(shape, dtype=torch.long, device=self.world.device)))
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+            raise UsageError(
+                f"the graph does not take token ids of any size ({reason}): trace it with input_ids only and symbolic sizes, or "
+                "recover the eager model"
+            ) from error
+
+    def _batches(self, examples: Examples) -> Batches:
+        tokenizer = self.subject.tokenizer
+        pad = next((i for i in (getattr(tokenizer, n, None) for n in ("pad_token_id", "eos_token_id")) if i is not None), 0)
+        options: dict[str, Any] = {"batch_size": self.settings.batch_size, "length": self.length, "packing": self.packing}
+        return Batches(examples, pad_id=pad, seed=self.settings.seed, **options)
+
+    def _steps(self, epoch: int) -> int:
+        settings = self.settings
+        limits = [math.ceil(settings.epochs * epoch - 1e-9)]
+        if settings.max_steps is not None:
+            limits.append(settings.max_steps)
+        if settings.max_tokens is not None:
+            limits.append(round(settings.max_tokens * epoch / self.material.train.tokens))
+        return max(1, min(limits))
+
+    def result(self, training: Training, teacher: nn.Module | None) -> RecoveryResult:
+        """Merge and report."""
+        model = merged(self.subject.model, training.result(), self.settings)
+        position, world = training.position, self.world
+        choices = {
+            "device": str(world.device),
+            "processes": world.size,
+            "parallel": "none" if world.size == 1 else "fsdp" if world.sharded else "ddp",
+            "precision": "bf16" if self.bf16 else "fp32",
+            "packing": self.packing,
+            "micro_batch_size": self.sizes.micro,
+            "gradient_checkpointing": self.sizes.checkpointing,
+            "compile": self.plan.compiled,
+            "steps_planned": self.plan.steps,
+        }
+        best = position.step if position.best_step is None else position.best_step
+        report = RecoveryReport(
+            recipe=self.name,
+            settings=self.settings.to_json(),
+            steps=position.step,
+            best_step=best,
+            stopped=position.stopped,
+            history=position.history,
+            validation=position.validation,
+            tokens=position.tokens,
+            tokens_per_second=round(training.pace, 1),
+            seconds=round(position.seconds, 3),
+            trained_parameters=self.trained,
+            parameters=sum(p.numel() for p in model.parameters()),
+            data=self.material.account,
+            teacher=None if teacher is None else _named(teacher),
+            choices=choices,
+            notes=self.notes,
+            versions={**versions(), "peft": _version("peft"), "accelerate": _version("accelerate")},
+        )
+        return RecoveryResult(model, report, self.subject.tokenizer, subject=self.subject)
+
+
+def _named(model: nn.Module) -> str:
+    return f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

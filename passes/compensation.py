@@ -1,0 +1,382 @@
+"""Weight compensation: what is left of a linear map makes up for the units that went.
+
+``bias`` adds the mean of what the removed units contributed (FLAP, arXiv 2312.11983, eq. 8). ``least-squares`` gives the kept
+units of each map the weights that bring its output nearest to what it would put out with all of its units: with X the features
+that it reads, kept ones K and removed ones R, W_K + W_R G_RK (G_KK + ridge diag(G_KK))^-1 where G = X^T X. This is Optimal Brain
+Surgeon's update for a set of units at once (arXiv 2208.11580, eq. 5, structured). Maps are solved in the order of the graph, X
+being what they read in the network as compensated so far, so that later maps see what earlier ones do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from ..errors import FxPruneError, UsageError, nearest
+from ..plan import PrunePlan
+from ..rules.registry import bind
+from ..spaces import kept
+from .activations import collect_moments
+from .base import Pass
+from .consumers import Consumer, columns, contraction, counted_rows, find_consumers
+from .dependency import PLAN, groups_of
+from .importance import Batch, warn_of_padding
+from .rewrite import DENSE
+from .stepper import Stepper
+
+aten: Any = torch.ops.aten
+
+_WITH_BIAS = (aten.linear.default, aten.addmm.default)
+
+COMPENSATIONS = ("none", "bias", "least-squares")
+
+COMPENSATION = "fxprune.compensation"
+
+RIDGE = 0.03
+"""What is added to each feature's own power, as a share of it: the larger, the less the calibration text is trusted."""
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What was done.
+
+    Attributes:
+        method: One of `COMPENSATIONS`.
+        maps: For each changed weight the squared error of its output over the output's square, before and after; ``bias`` has none.
+        added: Bias parameters that the dense model does not have.
+        tokens: Calibration tokens used.
+    """
+
+    method: str
+    maps: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    added: tuple[str, ...] = ()
+    tokens: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "method": self.method,
+            "maps": {n: [round(a, 6), round(b, 6)] for n, (a, b) in self.maps.items()},
+            "added": list(self.added),
+            "tokens": self.tokens,
+        }
+
+
+class CompensationPass(Pass):
+    """Compensate the module that a `RewritePass` made, in place; see `compensate`.
+
+    The account of it goes to ``gm.meta["fxprune.compensation"]``. It stands after a `VerifyPass`, which compares the rewritten
+    module before its weights change.
+    """
+
+    def __init__(self, calibration: Sequence[Batch], *, method: str = "least-squares", ridge: float = RIDGE) -> None:
+        super().__init__()
+        check_compensation(method)
+        self.calibration, self.method, self.ridge = calibration, method, ridge
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        """Change weights; the graph stays as it is."""
+        plan, dense = graph_module.meta.get(PLAN), graph_module.meta.get(DENSE, lambda: None)()
+        if plan is None or dense is None:
+            raise UsageError("there is no pruned module to compensate: run a RewritePass first, and keep the dense module")
+        graph_module.meta[COMPENSATION] = compensate(
+            dense, graph_module, plan, self.calibration, method=self.method, ridge=self.ridge
+        )
+        return PassResult(graph_module, self.method != "none")
+
+
+def check_compensation(method: str) -> None:
+    """Raise `UsageError` for an unknown method."""
+    if method not in COMPENSATIONS:
+        raise UsageError(f"unknown compensation '{method}'; {nearest(str(method), COMPENSATIONS)}")
+
+
+def compensate(
+    gm: GraphModule,
+    small: GraphModule,
+    plan: PrunePlan,
+    calibration: Sequence[Batch],
+    *,
+    method: str = "least-squares",
+    ridge: float = RIDGE,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Compensation:
+    """Change the weights that read pruned units, in place, so that the network's output moves back towards the dense one's.
+
+    Args:
+        gm: The dense trace.
+        small: What `fxprune.rewrite` made of it; its weights are changed.
+        plan: The plan between them.
+        calibration: Batches as for `fxprune.score`.
+        method: ``least-squares`` or ``bias`` (``none`` does nothing).
+        ridge: See `RIDGE`; larger values trust the calibration text less.
+        progress: Called with (what, done, total).
+
+    Returns:
+        A `Compensation`.
+
+    Raises:
+        UsageError: An unknown method, or no calibration.
+        FxPruneError: Activations that are not finite.
+    """
+    check_compensation(method)
+    if not ridge > 0:
+        raise UsageError(f"ridge must be positive, got {ridge}")
+    if method == "none":
+        return Compensation(method)
+    if not calibration:
+        raise UsageError("compensation is fitted to calibration batches, and there are none")
+    warn_of_padding(gm, calibration)
+    readers = _readers(small)
+    if method == "bias":
+        return _bias(gm, small, plan, calibration, readers, progress)
+    fitted, tokens = fit(gm, plan, calibration, ridge=ridge, progress=progress)
+    with torch.no_grad():
+        for found in fitted:
+            consumer = found.consumer
+            outputs = found.weight[_outputs(plan, gm, consumer)]
+            readers[consumer.weight].weight.copy_(columns(outputs, consumer.dim))
+    return Compensation(method, {f.consumer.weight: (f.before, f.after) for f in fitted}, tokens=tokens)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A consumer's counterpart in the rewritten graph."""
+
+    weight: nn.Parameter
+    module: nn.Module | None
+
+
+def _readers(small: GraphModule) -> dict[str, _Reader]:
+    """The maps of a rewritten graph by the name of their weight: calls of `nn.Linear`, or of the operators themselves."""
+    found: dict[str, _Reader] = {}
+    for node in small.graph.nodes:
+        if node.op == "call_module" and isinstance(module := small.get_submodule(str(node.target)), nn.Linear):
+            found[f"{node.target}.weight"] = _Reader(cast(nn.Parameter, module.weight), module)
+        elif (read := contraction(node)) is not None:
+            found[str(read[1].target)] = _Reader(small.get_parameter(str(read[1].target)), None)
+    return found
+
+
+def _removed(plan: PrunePlan, gm: GraphModule, consumer: Consumer) -> Tensor:
+    """Positions along the contracted dimension that went."""
+    groups, gone = groups_of(gm), [torch.empty(0, dtype=torch.long)]
+    for name in consumer.groups:
+        if name in plan.keep:
+            left = set(plan.keep[name].tolist())
+            units = [u for u in range(groups[name].size) if u not in left]
+            gone += [m.indices(units) for m in groups[name].members if (m.name, m.dim) == (consumer.weight, consumer.dim)]
+    found: Tensor = torch.unique(torch.cat(gone))
+    return found
+
+
+def _outputs(plan: PrunePlan, gm: GraphModule, consumer: Consumer) -> Tensor | slice:
+    """Positions of the dense map's outputs that are left."""
+    groups = groups_of(gm)
+    choice = {groups[n].axis: units for n, units in plan.keep.items()}
+    left = kept(groups.parameters[consumer.weight][1 - consumer.dim], choice.get)
+    return slice(None) if left is None else left
+
+
+def _bias(
+    gm: GraphModule,
+    small: GraphModule,
+    plan: PrunePlan,
+    calibration: Sequence[Batch],
+    readers: Mapping[str, _Reader],
+    progress: Callable[[str, int, int], None] | None,
+) -> Compensation:
+    groups, added = groups_of(gm), []
+    pruned = [c for c in find_consumers(gm, groups) if c.weight in readers and any(n in plan.keep for n in c.groups)]
+    moments = collect_moments(gm, pruned, calibration, progress=progress)
+    for consumer in pruned:
+        tensor = groups.parameters[consumer.weight].tensor
+        assert tensor is not None
+        gone = _removed(plan, gm, consumer)
+        lost = columns(tensor.detach(), consumer.dim).double().cpu()[:, gone] @ moments[consumer.weight].mean[gone]
+        lost = lost[_outputs(plan, gm, consumer)]
+        name = f"{consumer.weight.rpartition('.')[0]}.bias"
+        reader = readers[consumer.weight]
+        bias = dict(small.named_parameters()).get(name)
+        with torch.no_grad():
+            if bias is not None:
+                bias.add_(lost.to(bias))
+            elif reader.module is not None:
+                reader.module.bias = nn.Parameter(lost.to(reader.weight), requires_grad=reader.weight.requires_grad)
+                added.append(name)
+            else:
+                raise UsageError(f"'{consumer.weight}' has no bias and is no nn.Linear: compensation='bias' has nowhere to put it")
+    tokens = max((m.tokens for m in moments.values()), default=0)
+    return Compensation("bias", added=tuple(added), tokens=tokens)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One map with compensated weights.
+
+    Attributes:
+        consumer: The map in the dense graph.
+        weight: ``[outputs, kept]``.
+        left: The kept features.
+        before: Squared error of its output over the output's square, with the sliced weights.
+        after: The same with the compensated ones.
+    """
+
+    consumer: Consumer
+    weight: Tensor
+    left: Tensor
+    before: float
+    after: float
+
+
+@torch.no_grad()
+def fit(
+    gm: GraphModule,
+    plan: PrunePlan,
+    calibration: Sequence[Batch],
+    *,
+    ridge: float = RIDGE,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[list[Fitted], int]:
+    """Least-squares weights for every map that reads pruned units: the dense graph, map by map over all batches.
+
+    Args:
+        gm: The dense trace; it is not changed.
+        plan: What is kept.
+        calibration: Batches.
+        ridge: See `RIDGE`.
+        progress: Called with (what, done, total).
+
+    Returns:
+        (the maps in graph order, number of tokens).
+
+    Raises:
+        FxPruneError: Activations that are not finite.
+    """
+    groups = groups_of(gm)
+    dropped = groups.parameters_of(plan.drop)
+    pruned = [c for c in find_consumers(gm, groups) if c.weight not in dropped and any(n in plan.keep for n in c.groups)]
+    run, made, tokens = _Compensated(gm, plan, calibration), [], 0
+    for number, consumer in enumerate(pruned):
+        gram, tokens = run.gram(consumer)
+        weight = columns(_parameter(gm, consumer), consumer.dim)
+        stays = torch.ones(weight.shape[1], dtype=torch.bool)
+        stays[_removed(plan, gm, consumer)] = False
+        if not bool(torch.isfinite(gram).all()):
+            raise FxPruneError(f"what '{consumer.weight}' reads is NaN or infinite on the calibration text: nothing was pruned")
+        solved = solve(weight, gram, stays, ridge)
+        left = stays.nonzero().flatten()
+        before, after = (output_error(weight, gram, left, new) for new in (weight[:, left.to(weight.device)], solved))
+        made.append(Fitted(consumer, solved, left, before, after))
+        run.put_out(made[-1])
+        if progress is not None:
+            progress("compensation", number + 1, len(pruned))
+    return made, tokens
+
+
+def sum_gram(rows: Iterable[Tensor]) -> tuple[Tensor, int]:
+    """(X^T X in float32, number of rows) of rows ``[tokens, features]`` that come in pieces."""
+    total, tokens = None, 0
+    for piece in rows:
+        x = piece.float()
+        total, tokens = x.mT @ x if total is None else total.addmm_(x.mT, x), tokens + len(x)
+    assert total is not None
+    return total, tokens
+
+
+def solve(weight: Tensor, gram: Tensor, stays: Tensor, ridge: float) -> Tensor:
+    """The weights of the kept features that make up for the removed ones.
+
+    Args:
+        weight: ``[outputs, features]``.
+        gram: X^T X, ``[features, features]``.
+        stays: Which features are kept, bool ``[features]``.
+        ridge: See `RIDGE`.
+
+    Returns:
+        Weights ``[outputs, kept]`` of the weight's dtype; solved in float64.
+    """
+    left, gone = (mask.nonzero().flatten().to(weight.device) for mask in (stays, ~stays))
+    inner = gram[left][:, left].double()
+    inner.diagonal().mul_(1 + ridge).add_(1e-9 * gram.diagonal().double().mean().clamp_min(1e-30))
+    lost = weight[:, gone].double() @ gram[gone][:, left].double()
+    moved = torch.cholesky_solve(lost.mT, torch.linalg.cholesky(inner)).mT
+    solved: Tensor = (weight[:, left].double() + moved).to(weight.dtype)
+    return solved
+
+
+def output_error(weight: Tensor, gram: Tensor, left: Tensor, new: Tensor) -> float:
+    """Squared error of a map's output over the output's square, with weights ``new [outputs, kept]`` for the kept features."""
+    g, w = gram.double(), weight.double()
+    power, change = float((w @ g * w).sum()), w.clone()
+    change[:, left.to(w.device)] -= new.double()
+    return max(float((change @ g * change).sum()), 0.0) / max(power, 1e-30)
+
+
+def _parameter(gm: GraphModule, consumer: Consumer) -> Tensor:
+    tensor = groups_of(gm).parameters[consumer.weight].tensor
+    assert tensor is not None
+    return tensor.detach()
+
+
+class _Compensated:
+    """The dense graph in front of a map, on all batches, with the maps before it compensated and the dropped blocks left out."""
+
+    def __init__(self, gm: GraphModule, plan: PrunePlan, calibration: Sequence[Batch]) -> None:
+        self.stepper, self.batches, self.place = Stepper(gm), calibration, 0
+        self.states = [self.stepper.begin(batch) for batch in calibration]
+        blocks = [groups_of(gm).blocks[path] for path in plan.drop]
+        names = {node.name: node for node in self.stepper.nodes}
+        self.results = {names[b.result]: names[b.source] for b in blocks}
+        self.held: list[dict[Node, Any]] = [{} for _ in calibration]
+
+    def _advance(self, stop: int) -> None:
+        """Run up to a node; a dropped block hands on what entered it."""
+        sources = {self.stepper.place[s] for s in self.results.values()}
+        results = {self.stepper.place[r] for r in self.results}
+        for end in sorted({*([stop] if stop > self.place else []), *(p + 1 for p in sources | results if self.place <= p < stop)}):
+            last = self.stepper.nodes[end - 1]
+            for state, held in zip(self.states, self.held, strict=True):
+                self.stepper.advance(state, self.place, end)
+                if last in self.results:
+                    state[last] = held.pop(self.results[last])
+                if end - 1 in sources:
+                    held[last] = state[last]
+            self.place = end
+
+    def gram(self, consumer: Consumer) -> tuple[Tensor, int]:
+        """(X^T X in float32 of what a map reads, number of tokens)."""
+        self._advance(self.stepper.place[consumer.node])
+        return sum_gram(counted_rows(s[consumer.operand], b) for s, b in zip(self.states, self.batches, strict=True))
+
+    def put_out(self, fitted: Fitted) -> None:
+        """Run a map with its new weights."""
+        instead = {fitted.consumer.node: put_out(fitted.consumer, fitted.weight, fitted.left)}
+        for state in self.states:
+            self.stepper.advance(state, self.place, self.place + 1, instead)
+        self.place += 1
+
+
+def put_out(consumer: Consumer, weight: Tensor, left: Tensor) -> Callable[[Mapping[Node, Any]], Tensor]:
+    """What a map puts out of a state with new weights ``[outputs, kept]`` for some of its features."""
+    bias = _bias_node(consumer.node)
+
+    def run(state: Mapping[Node, Any]) -> Tensor:
+        x: Tensor = state[consumer.operand]
+        out = x.index_select(-1, left.to(x.device)) @ weight.to(x).mT
+        return out if bias is None else out + state[bias]
+
+    return run
+
+
+def _bias_node(node: Node) -> Node | None:
+    """The bias that a map adds."""
+    arguments = bind(node)
+    bias = arguments.get("bias") if "bias" in arguments else arguments.get("self")
+    return bias if isinstance(bias, Node) and node.target in _WITH_BIAS else None
