@@ -70,10 +70,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "random": {"criterion": "random", "kinds": HEADS_AND_FFN},
     "channel": {"criterion": "taylor1", "kinds": ("hidden",), "samples": 10, "length": 64, "batch_size": 10},
 }
-"""``default`` is what measures best (benchmarks/paper), ``uniform`` the best that every stock class loads. ``llm-pruner`` (blocks,
-the first four and last two layers whole, ten samples) and ``channel`` are LLM-Pruner's (arXiv 2305.11627, section 4.1);
-``wanda-sp`` and ``flap`` follow the FLAP paper (arXiv 2312.11983, sections 3 and 4): a head's score is the sum over its features,
-where the authors' code squares and averages them.
+"""``default`` spreads the budget by measured divergence and compensates; ``uniform`` does so with one width for all layers, which
+stock classes load. ``llm-pruner`` (blocks, the first four and last two layers whole, ten samples) and ``channel`` are LLM-Pruner's
+(arXiv 2305.11627, section 4.1); ``wanda-sp`` and ``flap`` follow the FLAP paper (arXiv 2312.11983, sections 3 and 4): a head's
+score is the sum over its features, where the authors' code squares and averages them.
 """
 
 

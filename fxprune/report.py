@@ -59,7 +59,7 @@ def _summary(data: Mapping[str, Any]) -> str:
         p = ppl["after"]
         text += (
             f"\nPerplexity on {name}: {p['tokens']:,} predicted tokens in {p['windows']} windows of {p['length']}, stride "
-            f"{p['stride']}; no recovery training has been done.\n"
+            f"{p['stride']}{'' if data.get('recovery') else '; no recovery training has been done'}.\n"
         )
     return text
 
@@ -77,6 +77,12 @@ def _proof(data: Mapping[str, Any]) -> str:
         )
     else:
         lines.append("- Verification was switched off.\n")
+    if made_up := data.get("compensation"):
+        maps = made_up["maps"] or made_up["added"]
+        lines.append(
+            f"- Then compensated ({made_up['method']}) on {made_up['tokens']:,} calibration tokens: {len(maps)} maps that read "
+            "pruned units. What was compared above are the weights before.\n"
+        )
     if data.get("eager_error") is not None:
         lines.append(f"- Eager model against the rewritten graph: relative error **{data['eager_error']:.1e}**.\n")
     forms = {
