@@ -270,10 +270,17 @@ def test_units_that_no_linear_map_reads_are_scored_otherwise() -> None:
 
 def test_rounds(llama: nn.Module, graph: torch.fx.GraphModule) -> None:
     """The second round measures beside the first one's plan."""
+    from fxprune.passes.importance import causal_loss
     from fxprune.passes.sensitivity import measurable, measure_curves
 
     batch: list[dict[str, Tensor]] = [{"input_ids": tokens(4, 12)}]
-    options: dict[str, Any] = {"kinds": ("kv_heads", "ffn"), "levels": 3, "sensitivity_samples": 4, "calibration": batch}
+    options: dict[str, Any] = {
+        "kinds": ("kv_heads", "ffn"),
+        "levels": 3,
+        "sensitivity_samples": 4,
+        "calibration": batch,
+        "loss": causal_loss,
+    }
     for compensation in ("none", "least-squares"):
         one, two = (
             fxprune.prune(llama, 0.3, graph=graph, rounds=r, compensation=compensation, **options, check=False) for r in (1, 2)
@@ -282,7 +289,14 @@ def test_rounds(llama: nn.Module, graph: torch.fx.GraphModule) -> None:
         groups = one.groups
         names = [g.name for g in measurable(groups) if g.kind in options["kinds"]]
         curves = measure_curves(
-            graph, groups, one.plan.scores, batch, names=names, levels=3, plan=one.plan, compensated=compensation != "none"
+            graph,
+            groups,
+            one.plan.scores,
+            batch,
+            names=names,
+            levels=3,
+            plan=one.plan,
+            compensated=compensation != "none",
         )
         chosen = fxprune.select(
             groups, one.plan.scores, ratio=0.3, kinds=options["kinds"], ranking="measured", widths="per-layer", curves=curves

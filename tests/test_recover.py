@@ -515,7 +515,7 @@ def test_a_plain_model_gets_a_report_too(text: Path, tmp_path: Path) -> None:
     result = trained(build("gpt2"), str(text), tokenizer=tokenizer(), output=tmp_path / "out")
     stock: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(stock), logits(result.model))
-    assert set(json.loads((tmp_path / "out" / "fxprune_report.json").read_text())) == {"recovery"}
+    assert set(json.loads((tmp_path / "out" / "fxprune_report.json").read_text())) == {"data", "recovery"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 

@@ -223,6 +223,30 @@ def test_another_loss() -> None:
     check_curves(case, curves, BERT, batches(), masked_loss)
 
 
+def test_divergence_is_that_of_the_eager_models_predictions(llama: Case) -> None:
+    name, edit = next(iter(LLAMA.items()))
+    curve = measure_curves(llama.gm, llama.groups, llama.scores, batches(), names=[name], levels=3, by="divergence")[name]
+    assert curve[0] == (0, 0.0)
+    assert len(curve) > 1
+    for count, found in curve[1:]:
+        thin = copy.deepcopy(llama.model)
+        edit(thin, torch.argsort(llama.scores[name], stable=True)[:count])
+
+        def divergence(outputs: Any, batch: Batch, thin: nn.Module = thin) -> Tensor:
+            wanted = outputs.logits.double().log_softmax(-1)
+            each = (wanted.exp() * (wanted - thin(**batch).logits.double().log_softmax(-1))).sum(-1)
+            return each[batch["attention_mask"].bool()].mean()
+
+        assert found == pytest.approx(eager_loss(llama.model, batches(), divergence), rel=1e-4, abs=1e-7)
+
+
+def test_refused_measures(llama: Case) -> None:
+    with pytest.raises(UsageError, match="unknown measure 'divergance'; did you mean 'divergence'"):
+        measure_curves(llama.gm, llama.groups, llama.scores, batches(), by="divergance")
+    with pytest.raises(UsageError, match="divergence compares predictions, not losses: leave loss= out, or say by='loss'"):
+        measure_curves(llama.gm, llama.groups, llama.scores, batches(), by="divergence", loss=next_token_loss)
+
+
 def test_levels(llama: Case) -> None:
     names = ["model.layers.0.mlp.ffn", "model.layers.0.self_attn.kv_heads", "model.layers.0.self_attn.query_groups"]
     for levels, wanted in (
