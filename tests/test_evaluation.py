@@ -151,10 +151,13 @@ def test_latency_reads_once_and_decodes_with_the_cache() -> None:
     one = [(1, 9), (1, 1), (1, 1)]
     assert [shape for shape, _ in model.calls] == one * 3  # and a warm-up
     assert [cache for _, cache in model.calls] == [None, 1, 2, None, 4, 5, None, 7, 8]
+    model = Counted()
+    assert measure_latency(model, prompt=9, new_tokens=1, repeats=1, batch=4).batch == 4
+    assert [shape for shape, _ in model.calls] == [(4, 9), (4, 1)] * 2
 
 
 def test_what_latency_refuses(model: nn.Module) -> None:
-    for name in ("prompt", "new_tokens", "repeats"):
+    for name in ("prompt", "new_tokens", "repeats", "batch"):
         with pytest.raises(UsageError, match=f"{name} must be at least 1, got 0"):
             measure_latency(model, **{name: 0})
     with pytest.raises(UsageError, match="the model reads at most 64 tokens, fewer than a prompt of 60 and 16 new ones"):

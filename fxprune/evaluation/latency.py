@@ -12,7 +12,7 @@ from torch import nn
 
 from ..calibration import vocabulary_of
 from ..errors import UsageError
-from .mode import evaluating
+from ..mode import evaluating
 from .perplexity import longest_input
 
 
@@ -22,10 +22,11 @@ class Latency:
 
     Attributes:
         prefill_ms: Milliseconds to read the prompt.
-        decode_ms: Milliseconds for each new token after it.
+        decode_ms: Milliseconds for each step after it, which writes one new token.
         prompt: Prompt tokens.
         new_tokens: Tokens decoded in each repetition.
         repeats: Repetitions.
+        batch: Sequences at a time.
     """
 
     prefill_ms: float
@@ -33,26 +34,30 @@ class Latency:
     prompt: int
     new_tokens: int
     repeats: int
+    batch: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
 
 
-def measure_latency(model: nn.Module, *, prompt: int = 128, new_tokens: int = 16, repeats: int = 3, seed: int = 0) -> Latency:
-    """Time prefill and decode at batch size 1, after one warm-up.
+def measure_latency(
+    model: nn.Module, *, prompt: int = 128, new_tokens: int = 16, repeats: int = 3, batch: int = 1, seed: int = 0
+) -> Latency:
+    """Time prefill and decode, after one warm-up; on a GPU the clock is read when it has done all that it was given.
 
     Args:
         model: A Hugging Face causal LM.
         prompt: Prompt tokens (random ids: speed does not depend on them).
         new_tokens: Tokens to decode.
         repeats: Repetitions; the median is reported.
+        batch: Sequences at a time; a decode step writes one token of each.
         seed: Of the prompt.
 
     Raises:
         UsageError: A number below 1, more tokens than the model reads, or no vocabulary.
     """
-    for name, value in (("prompt", prompt), ("new_tokens", new_tokens), ("repeats", repeats)):
+    for name, value in (("prompt", prompt), ("new_tokens", new_tokens), ("repeats", repeats), ("batch", batch)):
         if value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
     longest = longest_input(model)
@@ -63,7 +68,7 @@ def measure_latency(model: nn.Module, *, prompt: int = 128, new_tokens: int = 16
         raise UsageError(f"latency is measured on token ids, and {type(model).__name__} has no vocabulary")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, vocabulary[0], (1, prompt), generator=generator).to(device)
+    ids = torch.randint(0, vocabulary[0], (batch, prompt), generator=generator).to(device)
     prefill, decode = [], []
     with evaluating(model), torch.no_grad():
         for i in range(repeats + 1):
@@ -78,7 +83,7 @@ def measure_latency(model: nn.Module, *, prompt: int = 128, new_tokens: int = 16
                 prefill.append(middle - start)
                 decode.append((end - middle) / new_tokens)
     return Latency(
-        round(statistics.median(prefill) * 1e3, 2), round(statistics.median(decode) * 1e3, 2), prompt, new_tokens, repeats
+        round(statistics.median(prefill) * 1e3, 2), round(statistics.median(decode) * 1e3, 2), prompt, new_tokens, repeats, batch
     )
 
 
