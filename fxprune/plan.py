@@ -122,6 +122,15 @@ class PrunePlan:
         """Units kept by each listed group."""
         return {n: len(u) for n, u in self.keep.items()}
 
+    def removed(self) -> dict[str, Tensor]:
+        """The units that go from each listed group, rising."""
+        gone = {}
+        for name, units in self.keep.items():
+            stays = torch.zeros(self.sizes[name], dtype=torch.bool)
+            stays[units] = True
+            gone[name] = (~stays).nonzero().flatten()
+        return gone
+
     def diff(self, other: PrunePlan) -> dict[str, dict[str, list[int] | list[str]]]:
         """Units that only this plan keeps (``mine``) or only the other (``theirs``), for each group where they differ.
 

@@ -15,13 +15,15 @@ from torch.fx import GraphModule
 from .calibration import Calibration, load_calibration
 from .criteria import Criterion, UserCriterion, check_aggregation, find_criterion
 from .data.overlap import Sketch
-from .errors import UsageError, nearest
+from .errors import PlanError, UsageError, nearest
 from .groups import Groups
+from .passes.batches import Loss, Progress
 from .passes.compensation import check_compensation
-from .passes.importance import Loss, score
+from .passes.importance import score
 from .passes.influence import block_influence
-from .passes.selection import LAYERS, Selection, select
-from .passes.sensitivity import measurable, measure_curves
+from .passes.masking import unfit
+from .passes.selection import LAYERS, Selection, lanes_of, select
+from .passes.sensitivity import measure_curves
 from .plan import PrunePlan
 from .recipes import SETTINGS, RecipeLike, read_recipe
 
@@ -55,7 +57,7 @@ class Planning:
         batch_size: Samples at a time.
         levels: Steps into which a group is cut where sensitivity is measured.
         sensitivity_samples: How many of the samples sensitivity is measured on.
-        rounds: How often it is measured: the first time with all other groups whole, then with them pruned as it came out.
+        rounds: Into how many equal parts the budget is cut: before each is spent, sensitivity is measured beside what is gone.
         seed: Of calibration and random scores.
     """
 
@@ -192,7 +194,7 @@ def make_plan(
     *,
     loss: Loss | None,
     clock: Callable[..., Any],
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> PrunePlan:
     """Score, measure and select."""
     found = find_criterion(how.criterion)
@@ -200,7 +202,7 @@ def make_plan(
     influence = None
     if chosen.pace.get(LAYERS, 0) > 0 and how.layers_by == "influence":
         influence = clock("influence", block_influence, gm, groups, material.batches())
-    scores, curves, notes = {}, None, []
+    scores, notes = {}, []
     if kinds:
         options = {"aggregation": how.aggregation, "loss": loss, "seed": how.seed, "progress": progress}
         calibrated = not isinstance(found, Criterion) or found.calibrated
@@ -214,33 +216,67 @@ def make_plan(
             )
             others = clock("importance (fallback)", score, gm, groups, criterion=FALLBACK, calibration=batches, **options)
             scores |= {name: others[name] for name in missing}
-    measured: list[str] = []
+    facts = {"block_scores": influence, "recipe": {**how.to_json(), "calibration": material.described}}
     if kinds and chosen.ranking == "measured" and chosen.units is None:
-        measured = [g.name for g in measurable(groups) if g.kind in kinds]
-        if not measured:
-            notes.append("a norm or a router looks at the units of these kinds, so their loss was not measured: all shrink alike")
-            chosen = dataclasses.replace(chosen, ranking="local")
+        lanes = {n: own for n, own in lanes_of(groups, chosen).items() if not any(unfit(groups[name]) for name in own)}
+        if lanes:
+            return _search(gm, groups, scores, chosen, how, material, lanes, {**facts, "notes": notes}, loss, clock, progress)
+        notes.append("a norm or a router looks at the units of these kinds, so their loss was not measured: all shrink alike")
+        chosen = dataclasses.replace(chosen, ranking="local")
+    made: PrunePlan = clock("selection", select, groups, scores, chosen, notes=notes, **facts)
+    return made
+
+
+def _search(
+    gm: GraphModule,
+    groups: Groups,
+    scores: Mapping[str, torch.Tensor],
+    chosen: Selection,
+    how: Planning,
+    material: Material,
+    lanes: Mapping[str, Sequence[str]],
+    facts: Mapping[str, Any],
+    loss: Loss | None,
+    clock: Callable[..., Any],
+    progress: Progress | None,
+) -> PrunePlan:
+    """Spend the budget part by part, each where it costs least beside what the parts before it took.
+
+    The first time every lane's whole curve is measured; later its next step, and what lies beyond that is taken to rise as it did.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {}
     plan: PrunePlan | None = None
-    for number in range(how.rounds if measured else 1):
-        if measured:
-            curves = clock(
-                f"sensitivity, round {number + 1}",
-                measure_curves,
-                gm,
-                groups,
-                scores,
-                material.batches(),
-                names=measured,
-                levels=how.levels,
-                samples=how.sensitivity_samples,
-                compensated=how.compensation == "least-squares",
-                plan=plan,
-                by="divergence" if loss is None else "loss",
-                loss=loss,
-                progress=progress,
-            )
-        recipe = {**how.to_json(), "calibration": material.described}
-        facts = {"block_scores": influence, "curves": curves, "recipe": recipe, "notes": notes}
-        plan = clock("selection", select, groups, scores, chosen, **facts)
+    for number in range(how.rounds):
+        found = clock(
+            f"sensitivity, part {number + 1}",
+            measure_curves,
+            gm,
+            groups,
+            scores,
+            material.batches(),
+            lanes=lanes,
+            levels=how.levels,
+            samples=how.sensitivity_samples,
+            compensated=how.compensation == "least-squares",
+            plan=plan,
+            ahead=None if number == 0 else 1,
+            by="divergence" if loss is None else "loss",
+            loss=loss,
+            progress=progress,
+        )
+        curves = {lane: [*points, *_beyond(points, curves.get(lane, []))] for lane, points in found.items()}
+        part = dataclasses.replace(chosen, ratio=float(chosen.ratio or 0) * (number + 1) / how.rounds)
+        try:
+            plan = clock("selection", select, groups, scores, part if number + 1 < how.rounds else chosen, curves=curves, **facts)
+        except PlanError:  # a part may be smaller than a unit
+            if number + 1 == how.rounds:
+                raise
     assert plan is not None
     return plan
+
+
+def _beyond(points: Sequence[tuple[int, float]], earlier: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """An earlier curve's points beyond a new one's last, with the rise that they had from there on."""
+    last, change = points[-1]
+    known = dict(earlier)
+    return [(count, change + value - known[last]) for count, value in earlier if count > last] if last in known else []

@@ -24,9 +24,9 @@ from ..rules.registry import bind
 from ..spaces import kept
 from .activations import collect_moments
 from .base import Pass
-from .consumers import Consumer, columns, contraction, counted_rows, find_consumers
+from .batches import Batch, warn_of_padding
+from .consumers import Consumer, columns, contraction, counted_rows, features_of, find_consumers, weight_of
 from .dependency import PLAN, groups_of
-from .importance import Batch, warn_of_padding
 from .rewrite import DENSE
 from .stepper import Stepper
 
@@ -164,18 +164,6 @@ def _readers(small: GraphModule) -> dict[str, _Reader]:
     return found
 
 
-def _removed(plan: PrunePlan, gm: GraphModule, consumer: Consumer) -> Tensor:
-    """Positions along the contracted dimension that went."""
-    groups, gone = groups_of(gm), [torch.empty(0, dtype=torch.long)]
-    for name in consumer.groups:
-        if name in plan.keep:
-            left = set(plan.keep[name].tolist())
-            units = [u for u in range(groups[name].size) if u not in left]
-            gone += [m.indices(units) for m in groups[name].members if (m.name, m.dim) == (consumer.weight, consumer.dim)]
-    found: Tensor = torch.unique(torch.cat(gone))
-    return found
-
-
 def _outputs(plan: PrunePlan, gm: GraphModule, consumer: Consumer) -> Tensor | slice:
     """Positions of the dense map's outputs that are left."""
     groups = groups_of(gm)
@@ -192,14 +180,12 @@ def _bias(
     readers: Mapping[str, _Reader],
     progress: Callable[[str, int, int], None] | None,
 ) -> Compensation:
-    groups, added = groups_of(gm), []
+    groups, added, gone = groups_of(gm), [], plan.removed()
     pruned = [c for c in find_consumers(gm, groups) if c.weight in readers and any(n in plan.keep for n in c.groups)]
     moments = collect_moments(gm, pruned, calibration, progress=progress)
     for consumer in pruned:
-        tensor = groups.parameters[consumer.weight].tensor
-        assert tensor is not None
-        gone = _removed(plan, gm, consumer)
-        lost = columns(tensor.detach(), consumer.dim).double().cpu()[:, gone] @ moments[consumer.weight].mean[gone]
+        features = features_of(groups, consumer, gone)
+        lost = weight_of(groups, consumer).double().cpu()[:, features] @ moments[consumer.weight].mean[features]
         lost = lost[_outputs(plan, gm, consumer)]
         name = f"{consumer.weight.rpartition('.')[0]}.bias"
         reader = readers[consumer.weight]
@@ -259,15 +245,15 @@ def fit(
     Raises:
         FxPruneError: Activations that are not finite.
     """
-    groups = groups_of(gm)
+    groups, gone = groups_of(gm), plan.removed()
     dropped = groups.parameters_of(plan.drop)
     pruned = [c for c in find_consumers(gm, groups) if c.weight not in dropped and any(n in plan.keep for n in c.groups)]
     run, made, tokens = _Compensated(gm, plan, calibration), [], 0
     for number, consumer in enumerate(pruned):
         gram, tokens = run.gram(consumer)
-        weight = columns(_parameter(gm, consumer), consumer.dim)
+        weight = weight_of(groups, consumer)
         stays = torch.ones(weight.shape[1], dtype=torch.bool)
-        stays[_removed(plan, gm, consumer)] = False
+        stays[features_of(groups, consumer, gone)] = False
         if not bool(torch.isfinite(gram).all()):
             raise FxPruneError(f"what '{consumer.weight}' reads is NaN or infinite on the calibration text: nothing was pruned")
         solved = solve(weight, gram, stays, ridge)
@@ -317,12 +303,6 @@ def output_error(weight: Tensor, gram: Tensor, left: Tensor, new: Tensor) -> flo
     power, change = float((w @ g * w).sum()), w.clone()
     change[:, left.to(w.device)] -= new.double()
     return max(float((change @ g * change).sum()), 0.0) / max(power, 1e-30)
-
-
-def _parameter(gm: GraphModule, consumer: Consumer) -> Tensor:
-    tensor = groups_of(gm).parameters[consumer.weight].tensor
-    assert tensor is not None
-    return tensor.detach()
 
 
 class _Compensated:

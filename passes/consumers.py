@@ -6,6 +6,7 @@ criteria look at, and its weight is what can make up for the units that go.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch.fx import GraphModule, Node
 
 from ..groups import Groups
 from ..rules.registry import bind
-from .importance import Batch
+from ..spaces import Axis
+from .batches import Batch
+from .inference import axes_of, tensor_list
 
 aten: Any = torch.ops.aten
 
@@ -31,7 +34,7 @@ class Consumer:
         node: The fx node.
         operand: The node that gives ``x``, ``[.., features]``.
         weight: Name of the parameter ``W``.
-        dim: Its contracted dimension: 1 for `nn.Linear`, 0 for GPT-2's ``Conv1D``.
+        dim: Its contracted dimension: 1 for `nn.Linear`, 0 for a weight stored ``[in, out]`` (``Conv1D``).
         groups: Names of the prunable groups that own features.
     """
 
@@ -88,7 +91,7 @@ def counted_rows(value: Tensor, batch: Batch) -> Tensor:
     """The tokens of an activation ``[.., features]`` as rows ``[tokens, features]``, without those that are padding."""
     mask = batch.get("attention_mask")
     rows = value.reshape(-1, value.shape[-1])
-    if mask is not None and mask.dim() == 2 and value.shape[:-1] in (mask.shape, (mask.numel(),)):  # GPT-2 flattens tokens first
+    if mask is not None and mask.dim() == 2 and value.shape[:-1] in (mask.shape, (mask.numel(),)):  # or tokens flattened
         return rows[mask.to(value.device).bool().flatten()]
     return rows
 
@@ -96,3 +99,46 @@ def counted_rows(value: Tensor, batch: Batch) -> Tensor:
 def columns(weight: Tensor, dim: int) -> Tensor:
     """A weight with its contracted dimension last: ``[outputs, features]``."""
     return weight if dim == 1 else weight.mT
+
+
+def weight_of(groups: Groups, consumer: Consumer) -> Tensor:
+    """A map's weight ``[outputs, features]``, detached."""
+    tensor = groups.parameters[consumer.weight].tensor
+    assert tensor is not None
+    return columns(tensor.detach(), consumer.dim)
+
+
+def features_of(groups: Groups, consumer: Consumer, units: Mapping[str, Tensor]) -> Tensor:
+    """Positions along a map's contracted dimension that some units own, rising.
+
+    Args:
+        groups: The model's groups.
+        consumer: The map.
+        units: For names of groups some of their units; groups that the map does not contract may be among them.
+    """
+    found = [torch.empty(0, dtype=torch.long)]
+    for name in consumer.groups:
+        if name in units:
+            members = groups[name].members
+            found += [m.indices(units[name]) for m in members if (m.name, m.dim) == (consumer.weight, consumer.dim)]
+    positions: Tensor = torch.unique(torch.cat(found))
+    return positions
+
+
+def sole_readers(gm: GraphModule, groups: Groups) -> dict[str, Consumer]:
+    """For each group that leaves the network by one linear map, and by no other operator, that map."""
+    exits: dict[Axis, set[Node]] = {}
+    values = groups.inference.values
+    for node in gm.graph.nodes:
+        value = values.get(node.name)
+        stay = axes_of(value)
+        for source in node.all_input_nodes:
+            for axis in axes_of(values.get(source.name)):
+                if axis not in stay and tensor_list(value):
+                    exits.setdefault(axis, set()).add(node)
+    readers: dict[str, list[Consumer]] = {}
+    for consumer in find_consumers(gm, groups):
+        for name in consumer.groups:
+            if exits.get(groups[name].axis) == {consumer.node}:
+                readers.setdefault(name, []).append(consumer)
+    return {name: found[0] for name, found in readers.items() if len(found) == 1}

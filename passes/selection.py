@@ -35,7 +35,7 @@ from ..spaces import Axis, Concat, Product, Space, kept_size, resolve
 from .base import Pass
 from .dependency import PLAN, groups_of
 from .importance import SCORES
-from .sensitivity import CURVES, Curves
+from .sensitivity import CURVES, Curve, Curves
 
 Whole: TypeAlias = npt.NDArray[np.int64]
 
@@ -183,8 +183,9 @@ def _given(selection: Selection | None, options: Mapping[str, Any]) -> Selection
 
 @dataclass
 class _Lane:
-    """Groups (or blocks) that shrink together, and the counts they may stop at, falling."""
+    """Groups (or blocks) that shrink together, and the counts they may stop at, falling; it is called as the group or family is."""
 
+    label: str
     kind: str
     names: list[str]
     size: int
@@ -210,7 +211,7 @@ def select(
         selection: The target and constraints; or give its fields as keywords (``ratio=0.2``).
         block_scores: Importance of each residual block, for kind ``layers``; without it the first blocks are kept (LLM-Pruner's
             layer-wise baseline).
-        curves: For ``measured`` ranking: what `fxprune.measure_curves` returned.
+        curves: For ``measured`` ranking: what `fxprune.measure_curves` returned, of every group or of lanes (`lanes_of`).
         recipe: More settings to record in the plan.
         notes: What else to say in ``plan.recipe["note"]``.
         **options: Fields of `Selection`.
@@ -252,7 +253,7 @@ def _with_curves(lanes: Sequence[_Lane], curves: Curves | None, notes: list[str]
         raise UsageError(NO_LAYERS.format("measured"))
     if curves is None:
         raise UsageError("ranking='measured' needs loss curves: pass curves=fxprune.measure_curves(...)")
-    left = [lane for lane in lanes if not all(name in curves for name in lane.names)]
+    left = [lane for lane in lanes if lane.label not in curves and not all(name in curves for name in lane.names)]
     if left:
         names = [name for lane in left for name in lane.names if name not in curves]
         notes.append(f"the loss of {len(names)} groups, such as {names[0]}, was not measured: they stay whole")
@@ -304,6 +305,22 @@ def _eligible(groups: Groups, chosen: Selection) -> list[PruneGroup]:
     return found
 
 
+def lanes_of(groups: Groups, selection: Selection) -> dict[str, list[str]]:
+    """The eligible groups by what must lose units together: each on its own, or with uniform widths every layer's of one family.
+
+    Args:
+        groups: The model's prune groups.
+        selection: Kinds, widths and protections.
+
+    Returns:
+        For each lane's name (the group's, or the family's) the names of its groups, as `fxprune.measure_curves` takes them.
+
+    Raises:
+        UsageError: As from `select`.
+    """
+    return {lane.label: list(lane.names) for lane in _lanes(groups, selection) if lane.kind != LAYERS}
+
+
 def _lanes(groups: Groups, chosen: Selection) -> list[_Lane]:
     eligible = _eligible(groups, chosen)
     wanted = [k for k, pace in chosen.pace.items() if pace > 0]
@@ -316,7 +333,9 @@ def _lanes(groups: Groups, chosen: Selection) -> list[_Lane]:
     for group in eligible:
         key = (group.family if chosen.widths == "uniform" else group.name, group.size)
         if key not in lanes:
-            lanes[key] = _Lane(group.kind, [], group.size, _stops(group, chosen))
+            taken = key[0] in (other for other, _ in lanes)  # a family of groups of several sizes
+            label = f"{key[0]} ({group.size} units)" if taken else key[0]
+            lanes[key] = _Lane(label, group.kind, [], group.size, _stops(group, chosen))
         lanes[key].names.append(group.name)
     if chosen.widths == "uniform":
         _check_uniform(groups, eligible)
@@ -325,7 +344,7 @@ def _lanes(groups: Groups, chosen: Selection) -> list[_Lane]:
             raise UsageError("this model has no residual block that can be dropped whole")
         blocks, n = _open_blocks(groups, chosen), len(groups.blocks)
         room = sum(_room(groups, blocks, chosen).values())
-        lanes["", 0] = _Lane(LAYERS, blocks, n, range(n - 1, n - room - 1, -1))
+        lanes["", 0] = _Lane(LAYERS, LAYERS, blocks, n, range(n - 1, n - room - 1, -1))
     return list(lanes.values())
 
 
@@ -408,6 +427,8 @@ def _steps(groups: Groups, lanes: Sequence[_Lane], chosen: Selection, scores: Ma
             removed = _importance(lane, scores) if chosen.ranking == "global" else _measured(lane, curves or {})
             cost = sum(groups[n].parameters_per_unit for n in lane.names)
             density = np.diff(removed[gone], prepend=0.0) / (np.diff(gone, prepend=0) * cost)
+            if chosen.ranking == "measured":  # units before a curve's first point are gone already: they go first
+                density[gone <= min(points[0][0] for points in _curves_of(lane, curves or {}))] = -np.inf
         density = np.where(density < 0, density * pace, density / pace)
         priorities.append(np.maximum.accumulate(density) if len(density) else density)
     numbers = np.repeat(np.arange(len(lanes)), [len(lane.stops) for lane in lanes])
@@ -435,11 +456,15 @@ def _standardised(lane: _Lane, scores: Mapping[str, Tensor]) -> npt.NDArray[np.f
 def _measured(lane: _Lane, curves: Curves) -> npt.NDArray[np.float64]:
     """The loss that the first 0, 1, 2, ... units of the lane's groups cost: the lower convex hull of what was measured."""
     total = np.zeros(lane.size + 1)
-    for name in lane.names:
-        points = _hull(curves[name])
+    for points in map(_hull, _curves_of(lane, curves)):
         total += np.interp(np.arange(lane.size + 1), [n for n, _ in points], [change for _, change in points])
     total -= total[0]  # a curve may count from another point than the whole group
     return total
+
+
+def _curves_of(lane: _Lane, curves: Curves) -> list[Curve]:
+    """The lane's own curve, or those of its groups."""
+    return [curves[name] for name in ([lane.label] if lane.label in curves else lane.names)]
 
 
 def _hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

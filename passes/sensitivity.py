@@ -8,10 +8,10 @@ make up for is cheap to remove.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,17 +22,21 @@ from ..errors import FxPruneError, UsageError, nearest
 from ..groups import Groups, PruneGroup
 from ..plan import PrunePlan
 from .base import Pass
+from .batches import Batch, Loss, Progress, causal_loss, logits_of, rows_of, warn_of_padding
 from .compensation import RIDGE, fit, put_out, solve, sum_gram
-from .consumers import Consumer, columns, counted_rows, find_consumers
+from .consumers import Consumer, counted_rows, features_of, sole_readers, weight_of
 from .dependency import groups_of
-from .importance import SCORES, Batch, Loss, causal_loss, warn_of_padding
-from .inference import axes_of, tensor_list
+from .importance import SCORES
+from .masking import linked, measurable, unfit, without
 from .stepper import Compute, Stepper
 
 CURVES = "fxprune.curves"
 
-Curves: TypeAlias = Mapping[str, Sequence[tuple[int, float]]]
-"""For each group rising numbers of removed units, from 0 on, each with the change of the loss (nats)."""
+Curve: TypeAlias = Sequence[tuple[int, float]]
+"""Rising numbers of removed units, each with the change of the loss (nats)."""
+
+Curves: TypeAlias = Mapping[str, Curve]
+"""The curve of each group, or of each lane of groups that lose units together (each the same number)."""
 
 MEASURES = ("loss", "divergence")
 
@@ -82,14 +86,16 @@ def measure_curves(
     calibration: Sequence[Batch],
     *,
     names: Sequence[str] | None = None,
+    lanes: Mapping[str, Sequence[str]] | None = None,
     levels: int = 4,
     samples: int | None = None,
     compensated: bool = False,
     ridge: float = RIDGE,
     plan: PrunePlan | None = None,
+    ahead: int | None = None,
     by: str = "loss",
     loss: Loss | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, list[tuple[int, float]]]:
     """How much the loss rises as the least important units of one group after another go.
 
@@ -99,14 +105,17 @@ def measure_curves(
         scores: Importance of each unit; the least important ones of a group go first.
         calibration: Batches as for `fxprune.score`.
         names: Groups to measure; by default every prunable group that can be, of those that have scores.
+        lanes: Instead of ``names``: under names of their own, groups of one size that lose the same number of units at a time
+            (with uniform widths, those that have the same role in every layer).
         levels: Into how many steps a group is cut; a group of few units is measured unit by unit.
         samples: How many of the calibration samples the loss is measured on: whole batches, from the last one on; by default all.
         compensated: Give the kept units the weights that least-squares compensation will, where one linear map and nothing else
             reads the group; other groups are measured without. They are fitted to the batches that the loss is not measured on, if
             there are any: what a fit has seen tells less of it.
         ridge: As for `fxprune.compensate`.
-        plan: Measure each group with all others pruned as this plan says (compensated, if asked for), and from no unit removed to
-            all: what a unit is worth beside what is left of the others. By default the others are whole.
+        plan: Measure each group with all others pruned as this plan says (compensated, if asked for): what a unit is worth beside
+            what is left of the others. By default the others are whole.
+        ahead: Measure only so many levels beyond what the plan takes from a group; by default every level, and none.
         by: ``loss``, or ``divergence``: KL(dense || pruned) of the predictions instead of the change of the loss. It is what that
             change comes to on text that the dense model predicts well on average, and on few samples it is far less noisy; a
             logarithm of the dense predictions, ``[samples, length, vocabulary]`` in float32, is kept for it.
@@ -114,91 +123,88 @@ def measure_curves(
         progress: Called with (what, done, total).
 
     Returns:
-        For each group ``[(removed units, change of the mean loss), ...]``, from no unit to all that may go. The change is from the
-        dense model's loss, or from that of the plan.
+        For each group (or lane) ``[(units removed from each group, change of the mean loss), ...]``. The change is from the dense
+        model's loss, or from that of the plan.
 
     Raises:
-        UsageError: There is no calibration, or a named group cannot be taken away by zeros: a norm or a router looks at its units.
+        UsageError: There is no calibration, a named group cannot be taken away by zeros (a norm or a router looks at its units),
+            or a lane holds groups of several sizes.
         FxPruneError: The loss of the dense model is not finite.
     """
     if not calibration:
         raise UsageError("sensitivity is measured on calibration batches, and there are none")
-    for name, value in (("levels", levels), ("samples", samples)):
+    for name, value in (("levels", levels), ("samples", samples), ("ahead", ahead)):
         if value is not None and value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
     if by not in MEASURES:
         raise UsageError(f"unknown measure '{by}'; {nearest(str(by), MEASURES)}")
     if by == "divergence" and loss is not None:
         raise UsageError("divergence compares predictions, not losses: leave loss= out, or say by='loss'")
+    if names is not None and lanes is not None:
+        raise UsageError("names= and lanes= both say what to measure: give one of them")
+    if plan is not None and plan.drop:
+        raise UsageError("sensitivity is measured beside pruned units, not beside dropped layers: the plan drops some")
     warn_of_padding(gm, calibration)
-    readers: dict[str, list[Consumer]] = {}
-    for consumer in find_consumers(gm, groups) if compensated else ():
-        for name in consumer.groups:
-            if _leaves_by(gm, groups, groups[name], consumer.node):
-                readers.setdefault(name, []).append(consumer)
-    probes = _probes(gm, groups, scores, names, levels, {n: found[0] for n, found in readers.items() if len(found) == 1})
+    if lanes is None:
+        chosen = [g.name for g in measurable(groups) if g.name in scores] if names is None else names
+        lanes = {name: [name] for name in chosen}
+    readers = sole_readers(gm, groups) if compensated else {}
+    probes = [_probe(groups, scores, name, members, levels, plan, ahead) for name, members in lanes.items()]
     device = next(gm.parameters()).device
     batches = [{k: v.to(device) for k, v in batch.items()} for batch in calibration]
-    with torch.no_grad(), ExitStack() as stack:
-        run = _Run(gm, groups, batches, samples, ridge, loss or causal_loss)
+    with torch.no_grad():
+        run = _Run(gm, groups, batches, samples, ridge, loss or causal_loss, readers)
         if by == "divergence":
             run.compare_with_dense()
-        if plan is not None:
-            run.prune(plan, {n for n, found in readers.items() if len(found) == 1}, stack)
         return run.curves(probes, plan, progress)
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """A group with the numbers of units to take away, the place to run from, and the one map that reads it (if compensated)."""
+    """A lane with the units of its groups in the order in which they go, how many the plan takes, and which numbers to try."""
 
-    group: PruneGroup
-    order: Tensor
+    lane: str
+    groups: list[PruneGroup]
+    orders: dict[str, Tensor]
+    gone: int
     counts: list[int]
-    start: int
-    reader: Consumer | None
+
+    @property
+    def group(self) -> str:
+        """Name of the group, of a lane that has one."""
+        return self.groups[0].name
+
+    def units(self, count: int) -> dict[str, Tensor]:
+        """The units that go if so many do, by group."""
+        return {name: order[:count] for name, order in self.orders.items()}
 
 
-def _probes(
-    gm: GraphModule,
+def _probe(
     groups: Groups,
     scores: Mapping[str, Tensor],
-    names: Sequence[str] | None,
+    name: str,
+    members: Sequence[str],
     levels: int,
-    readers: Mapping[str, Consumer],
-) -> list[_Probe]:
-    """What to measure, in the order of the graph."""
-    place = {node: i for i, node in enumerate(gm.graph.nodes)}
-    first_use = {
-        str(node.target): min((place[u] for u in node.users), default=place[node]) for node in place if node.op == "get_attr"
-    }
-    chosen = [groups[n] for n in names] if names is not None else [g for g in measurable(groups) if g.name in scores]
-    found = []
+    plan: PrunePlan | None,
+    ahead: int | None,
+) -> _Probe:
+    chosen = [groups[member] for member in members]
     for group in chosen:
-        if reason := _unfit(group):
+        if reason := unfit(group):
             raise UsageError(f"the sensitivity of group '{group.name}' cannot be measured: {reason}")
         if group.name not in scores:
             raise UsageError(f"there are no scores for group '{group.name}'; score the model first")
-        most = group.size - group.least
-        counts = sorted({round(most * (i + 1) / levels) for i in range(levels)} - {0})
-        reader = readers.get(group.name)
-        start = place[reader.node] if reader else min(first_use[m.name] for m in group.members if m.trainable)
-        found.append(_Probe(group, torch.argsort(scores[group.name], stable=True), counts, start, reader))
-    return sorted(found, key=lambda probe: probe.start)
-
-
-def _leaves_by(gm: GraphModule, groups: Groups, group: PruneGroup, node: Node) -> bool:
-    """Whether this is the only operator that reads a group's axis and has it no more in what it gives."""
-    values = groups.inference.values
-    return all(
-        other is node or group.axis in axes_of(values.get(other.name)) or not tensor_list(values.get(other.name))
-        for other in gm.graph.nodes
-        if any(group.axis in axes_of(values.get(source.name)) for source in other.all_input_nodes)
-    )
+    planned = {group.size - len(plan.keep[group.name]) if plan and group.name in plan.keep else 0 for group in chosen}
+    if len({group.size for group in chosen}) != 1 or len(planned) != 1:
+        raise UsageError(f"the groups of '{name}' must be of one size, and lose equally many units by the plan")
+    gone, most = planned.pop(), min(group.size - group.least for group in chosen)
+    counts = sorted({round(most * (i + 1) / levels) for i in range(levels)} | {0})
+    counts = [count for count in counts if count != gone] if ahead is None else [c for c in counts if c > gone][:ahead]
+    return _Probe(name, chosen, {g.name: torch.argsort(scores[g.name], stable=True) for g in chosen}, gone, counts)
 
 
 class _Run:
-    """The dense graph on all batches, piece by piece, with the rest of it run again for every probe."""
+    """The graph on all batches, piece by piece, with the rest of it run again for every probe."""
 
     def __init__(
         self,
@@ -208,13 +214,14 @@ class _Run:
         samples: int | None,
         ridge: float,
         loss: Loss,
+        readers: Mapping[str, Consumer],
     ) -> None:
         self.stepper, self.groups, self.batches, self.ridge, self.loss = Stepper(gm), groups, batches, ridge, loss
-        self.gm = gm
+        self.gm, self.readers = gm, readers
         self.instead: dict[Node, Compute] = {}
         self.zeros: dict[str, tuple[ExitStack, Mapping[str, Tensor]]] = {}
         self.end = len(self.stepper.nodes)
-        sizes = [max(v.shape[0] if v.dim() else 1 for v in batch.values()) for batch in batches]
+        sizes = [rows_of(batch) for batch in batches]
         first = 0 if samples is None else next((i for i in reversed(range(len(sizes))) if sum(sizes[i:]) >= samples), 0)
         self.rows, self.measured, self.fitted = sizes[first:], batches[first:], batches[:first] or batches
 
@@ -231,48 +238,77 @@ class _Run:
 
         self.loss = divergence
 
-    def prune(self, plan: PrunePlan, compensated: set[str], stack: ExitStack) -> None:
-        """Make the graph compute what a plan leaves: with compensated maps, and with zeros where there are none."""
-        if plan.drop:
-            raise UsageError("sensitivity is measured beside pruned units, not beside dropped layers: the plan drops some")
-        for part in _linked(self.groups, [n for n in plan.keep if n not in compensated]):
-            held = stack.enter_context(ExitStack())
-            gone = {n: _others(self.groups[n].size, plan.keep[n]) for n in part}
-            self._zero(held, gone)
-            self.zeros |= dict.fromkeys(part, (held, gone))
-        others = PrunePlan.from_keep(self.groups, {n: u for n, u in plan.keep.items() if n in compensated})
-        fitted, _ = fit(self.gm, others, self.fitted, ridge=self.ridge)
-        self.instead = {f.consumer.node: put_out(f.consumer, f.weight, f.left) for f in fitted}
+    def curves(
+        self, probes: Sequence[_Probe], plan: PrunePlan | None, progress: Progress | None
+    ) -> dict[str, list[tuple[int, float]]]:
+        """Every probe's curve: of one group from its place in the graph on, of several groups as plans of their own."""
+        known, done = {probe.lane: {probe.gone: 0.0} for probe in probes}, 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress("sensitivity", done, len(probes))
+
+        with self._pruned(plan):
+            base = self._whole()
+            if not math.isfinite(base):
+                raise FxPruneError(f"the calibration loss is {base}: nothing was pruned")
+            for probe, place, states, gram in self._places([p for p in probes if len(p.groups) == 1]):
+                for count in probe.counts:
+                    known[probe.lane][count] = self._without(probe, count, gram, states, place, plan) - base
+                advance()
+        for probe in (p for p in probes if len(p.groups) > 1):
+            for count in probe.counts:
+                left = {name: order[count:] for name, order in probe.orders.items()}
+                with self._pruned(PrunePlan.from_keep(self.groups, {**(plan.keep if plan else {}), **left})):
+                    known[probe.lane][count] = self._whole() - base
+            advance()
+        return {name: sorted(points.items()) for name, points in known.items()}
+
+    @contextmanager
+    def _pruned(self, plan: PrunePlan | None) -> Iterator[None]:
+        """The graph computes what a plan leaves: with compensated maps, and with zeros where there are none."""
+        with ExitStack() as stack:
+            if plan is not None:
+                gone = plan.removed()
+                for part in linked(self.groups, [n for n in gone if n not in self.readers]):
+                    held, units = stack.enter_context(ExitStack()), {n: gone[n] for n in part}
+                    self._zero(held, units)
+                    self.zeros |= dict.fromkeys(part, (held, units))
+                others = PrunePlan.from_keep(self.groups, {n: u for n, u in plan.keep.items() if n in self.readers})
+                fitted, _ = fit(self.gm, others, self.fitted, ridge=self.ridge)
+                self.instead = {f.consumer.node: put_out(f.consumer, f.weight, f.left) for f in fitted}
+            try:
+                yield
+            finally:
+                self.instead, self.zeros = {}, {}
 
     def _zero(self, stack: ExitStack, gone: Mapping[str, Tensor]) -> None:
         for name, units in gone.items():
             stack.enter_context(without(self.groups, self.groups[name], units))
 
-    def curves(
-        self, probes: Sequence[_Probe], plan: PrunePlan | None, progress: Callable[[str, int, int], None] | None
-    ) -> dict[str, list[tuple[int, float]]]:
-        """Every probe's curve."""
-        base = self._loss([self.stepper.begin(b) for b in self.measured], 0, self.instead)
-        if not math.isfinite(base):
-            raise FxPruneError(f"the calibration loss is {base}: nothing was pruned")
-        states, place = [self.stepper.begin(b) for b in self.measured], 0
+    def _places(self, probes: Sequence[_Probe]) -> Iterator[tuple[_Probe, int, Sequence[dict[Node, Any]], Tensor | None]]:
+        """Each probe in graph order, with the place that it is run from, the states there, and X^T X of what its map reads."""
+        place = {node: i for i, node in enumerate(self.stepper.nodes)}
+        first_use = {str(n.target): min((place[u] for u in n.users), default=place[n]) for n in place if n.op == "get_attr"}
+
+        def start(probe: _Probe) -> int:
+            reader = self.readers.get(probe.group)
+            return place[reader.node] if reader else min(first_use[m.name] for m in probe.groups[0].members if m.trainable)
+
+        states, now = [self.stepper.begin(b) for b in self.measured], 0
         # those that weights are fitted to; where both are the same, so are the states
-        apart = self.fitted is not self.batches and any(p.reader for p in probes)
-        others = [self.stepper.begin(b) for b in self.fitted] if apart else []
-        found: dict[str, list[tuple[int, float]]] = {}
-        for number, probe in enumerate(probes):
-            for state in (*states, *others):
-                self.stepper.advance(state, place, probe.start, self.instead)
-            place = probe.start
-            gram = self._gram(others or states, probe.reader) if probe.reader else None
-            kept = None if plan is None else plan.keep.get(probe.group.name)
-            known = {0 if kept is None else probe.group.size - len(kept): 0.0}
-            for count in {0, *probe.counts} - set(known):
-                known[count] = self._without(probe, count, gram, states, place, plan) - base
-            found[probe.group.name] = sorted(known.items())
-            if progress is not None:
-                progress("sensitivity", number + 1, len(probes))
-        return found
+        apart = self.fitted is not self.batches and any(p.group in self.readers for p in probes)
+        others = [self.stepper.begin(b) for b in self.fitted] if apart else states
+        for probe in sorted(probes, key=start):
+            for state in (*states, *(others if apart else ())):
+                self.stepper.advance(state, now, start(probe), self.instead)
+            now, reader = start(probe), self.readers.get(probe.group)
+            gram = None
+            if reader is not None and probe.counts:
+                gram = sum_gram(counted_rows(s[reader.operand], b) for s, b in zip(others, self.fitted, strict=True))[0]
+            yield probe, now, states, gram
 
     def _without(
         self,
@@ -284,16 +320,28 @@ class _Run:
         plan: PrunePlan | None,
     ) -> float:
         """The loss without the least important units of a group."""
-        if probe.reader is not None and gram is not None:
-            return self._loss(states, place, {**self.instead, **self._compensated(probe, probe.reader, gram, count, plan)})
-        held, planned = self.zeros.get(probe.group.name, (ExitStack(), {}))
+        if gram is not None:
+            return self._loss(states, place, {**self.instead, **self._compensated(probe, count, gram, plan)})
+        held, planned = self.zeros.get(probe.group, (ExitStack(), {}))
         held.close()  # the plan's zeros give way to these
         try:
             with ExitStack() as stack:
-                self._zero(stack, {**planned, probe.group.name: probe.order[:count]})
+                self._zero(stack, {**planned, **probe.units(count)})
                 return self._loss(states, place, self.instead)
         finally:
             self._zero(held, planned)
+
+    def _compensated(self, probe: _Probe, count: int, gram: Tensor, plan: PrunePlan | None) -> dict[Node, Compute]:
+        """The reader with the weights of its kept features compensated; other groups that it reads are as in the plan."""
+        reader = self.readers[probe.group]
+        weight = weight_of(self.groups, reader)
+        stays = torch.ones(weight.shape[1], dtype=torch.bool)
+        stays[features_of(self.groups, reader, {**(plan.removed() if plan else {}), **probe.units(count)})] = False
+        return {reader.node: put_out(reader, solve(weight, gram, stays, self.ridge), stays.nonzero().flatten())}
+
+    def _whole(self) -> float:
+        """The mean loss of the whole graph."""
+        return self._loss([self.stepper.begin(b) for b in self.measured], 0, self.instead)
 
     def _loss(self, states: Sequence[dict[Node, Any]], place: int, instead: Mapping[Node, Compute]) -> float:
         """The mean loss over samples from a place on; the states stay as they are."""
@@ -303,80 +351,11 @@ class _Run:
             total += float(self.loss(out, batch)) * rows
         return total / sum(self.rows)
 
-    def _gram(self, states: Sequence[Mapping[Node, Any]], reader: Consumer) -> Tensor:
-        return sum_gram(counted_rows(s[reader.operand], b) for s, b in zip(states, self.fitted, strict=True))[0]
-
-    def _compensated(
-        self, probe: _Probe, reader: Consumer, gram: Tensor, count: int, plan: PrunePlan | None
-    ) -> dict[Node, Compute]:
-        """The reader with the weights of its kept features compensated; other groups that it reads are as in the plan."""
-        tensor = self.groups.parameters[reader.weight].tensor
-        assert tensor is not None
-        weight = columns(tensor.detach(), reader.dim)
-        stays = torch.ones(weight.shape[1], dtype=torch.bool)
-        gone = {} if plan is None else {n: _others(self.groups[n].size, plan.keep[n]) for n in reader.groups if n in plan.keep}
-        for name, units in {**gone, probe.group.name: probe.order[:count]}.items():
-            for member in self.groups[name].members:
-                if (member.name, member.dim) == (reader.weight, reader.dim):
-                    stays[member.indices(units)] = False
-        return {reader.node: put_out(reader, solve(weight, gram, stays, self.ridge), stays.nonzero().flatten())}
-
 
 def _predictions(output: Any, batch: Batch) -> Tensor:
     """Logarithms of the predicted probabilities, a row for each token that is no padding."""
-    logits = getattr(output, "logits", None)
-    if logits is None:
-        leaves = torch.utils._pytree.tree_leaves(output)
-        logits = next((t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()), None)
-    if logits is None or logits.dim() < 2:
-        raise UsageError("divergence compares predictions, and the model gives no logits: say by='loss' and pass loss=")
+    needed = "divergence compares predictions, and the model gives no logits: say by='loss' and pass loss="
+    logits = logits_of(output, needed)
+    if logits.dim() < 2:
+        raise UsageError(needed)
     return torch.log_softmax(counted_rows(logits, batch).float(), -1)
-
-
-def _linked(groups: Groups, names: Sequence[str]) -> list[list[str]]:
-    """Groups in sets that have no parameter in common: zeros in one are put back without touching those of another."""
-    import networkx as nx
-
-    graph = nx.Graph()
-    graph.add_nodes_from(names)
-    graph.add_edges_from((name, ("parameter", m.name)) for name in names for m in groups[name].members if m.trainable)
-    return [[n for n in names if n in part] for part in nx.connected_components(graph)]
-
-
-def _others(size: int, units: Tensor) -> Tensor:
-    """The units of a group that are not among these."""
-    left = torch.ones(size, dtype=torch.bool)
-    left[units] = False
-    return left.nonzero().flatten()
-
-
-def measurable(groups: Groups) -> list[PruneGroup]:
-    """The prunable groups whose units can be taken away by zeros."""
-    return [g for g in groups.values() if not _unfit(g)]
-
-
-def _unfit(group: PruneGroup) -> str:
-    """Why zeros cannot stand for the removal of a group's units; empty if they can."""
-    if not group.prunable:
-        return f"it cannot be pruned ({group.reason})"
-    if group.normalised:
-        return "a norm, a softmax or a router looks at all of its units"
-    return ""
-
-
-@contextmanager
-def without(groups: Groups, group: PruneGroup, units: Tensor) -> Iterator[None]:
-    """The model with the parameter slices of some units set to zero; afterwards it is as it was, bit for bit."""
-    saved: list[tuple[Tensor, int, Tensor, Tensor]] = []
-    try:
-        with torch.no_grad():
-            for member in (m for m in group.members if m.trainable):
-                parameter = cast(Tensor, groups.parameters[member.name].tensor)
-                index = member.indices(units).to(parameter.device)
-                saved.append((parameter, member.dim, index, parameter.index_select(member.dim, index)))
-                parameter.index_fill_(member.dim, index, 0)
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, dim, index, values in reversed(saved):
-                parameter.index_copy_(dim, index, values)

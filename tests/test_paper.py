@@ -20,8 +20,7 @@ from fxprune.checkpoint.source import load_source
 from fxprune.errors import PlanError, UsageError
 
 from .harness_rows import raw_rows, task_row
-from .test_cli import tokenizer
-from .zoo import build
+from .zoo import build, tokenizer
 
 Main = Callable[[Sequence[str] | None], None]
 
@@ -165,10 +164,12 @@ def test_stages_are_shared_by_ratios(place: Path, tmp_path: Path, monkeypatch: p
     rows = book(output)["rows"]
     assert [r["name"] for r in rows] == ["dense", "default", "default", "uniform", "uniform"]
     settings = {json.dumps(_planning(r)) for r in rows[1:]}
-    assert calls.count("importance") == calls.count("sensitivity, round 1") == len(settings) < 4
-    again = sum(r["key"]["recipe"].get("rounds", 1) for r in rows[1:])
-    assert calls.count("selection") == again
-    assert sum(c.startswith("sensitivity") for c in calls) == again - 4 + len(settings)
+    lanes = {json.dumps([_planning(r), r["key"]["recipe"].get("widths")]) for r in rows[1:]}
+    assert calls.count("importance") == len(settings) < 4
+    assert calls.count("sensitivity, part 1") == len(lanes) < 4
+    parts = sum(r["key"]["recipe"].get("rounds", 1) for r in rows[1:])
+    assert calls.count("selection") == parts
+    assert sum(c.startswith("sensitivity") for c in calls) == parts - 4 + len(lanes)
     assert rows[1]["seconds"]["importance"] == rows[2]["seconds"]["importance"] > 0
     alone = tmp_path / "alone.json"
     assert call(criteria.main, place, alone, "--rows", "default", "--ratios", "0.2") == 0
@@ -198,6 +199,29 @@ def test_recovery_and_tasks(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert "tasks" in recovered
     monkeypatch.setattr(bench.Bench, "recover", _unwanted)
     assert call(criteria.main, place, output, *rows, *more) == 0
+
+
+def test_in_bfloat16(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    short = [
+        "--recover-set",
+        "max_steps=2",
+        "batch_size=8",
+        "cutoff=64",
+        "validation_samples=4",
+        "warmup=0",
+        "--recover",
+        "9999999",
+    ]
+    options = ["--dtype", "bfloat16", "--rows", "element1,default", "--ratios", "0.1", "--recover-recipe", "llm-pruner"]
+    assert call(criteria.main, place, output, *options, *short) == 0
+    _, *rows = book(output)["rows"]
+    assert [r["name"] for r in rows] == ["element1", "default"]
+    for row in rows:
+        assert row["key"]["dtype"] == "bfloat16"
+        assert row["verify_error"] < 0.1
+        assert row["recovered"]["steps"] == 2
+        assert 1 < row["recovered"]["perplexity"]["ptb"]["perplexity"] < 1000
 
 
 def test_a_row_that_fails_is_said_and_tried_again(

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fxprune import find_groups, select, trace
 from fxprune.errors import UsageError
 from fxprune.groups import Groups
+from fxprune.passes.selection import Selection, lanes_of
 from fxprune.plan import PrunePlan
 
 LAYERS, HIDDEN, FFN, HEADS, DIM, VOCABULARY = 2, 12, 6, 4, 2, 31
@@ -169,6 +170,18 @@ def test_uniform_widths_add_the_layers_curves(groups: Groups) -> None:
         groups, scores, ratio=3.1 * COST["ffn"] / groups.total, kinds=KINDS, ranking="measured", widths="per-layer", curves=curves
     )
     assert gone(groups, alone, names) == {n: 3 if n == "model.layers.1.mlp.ffn" else 0 for n in names}
+
+
+def test_lanes_measured_together(groups: Groups) -> None:
+    """Curves under the families' names count once; what lies before their first point is gone already."""
+    scores, names = random_scores(groups), eligible(groups)
+    curves = {"model.layers.*.self_attn.kv_heads": [(0, 0.0), (3, 60.0)], "model.layers.*.mlp.ffn": [(4, 0.0), (6, 40.0)]}
+    assert list(lanes_of(groups, Selection(ratio=0.1, kinds=KINDS))) == list(curves)
+    # in both layers an FFN unit beyond the fourth costs 20 / 72 a parameter, a head 20 / 96
+    for units, heads in ((2, 0), (4, 0), (4, 1), (4, 2), (5, 2)):
+        ratio = (1.01 * 2 * COST["ffn"] * units + 2 * COST["kv_heads"] * heads) / groups.total
+        plan = select(groups, scores, ratio=ratio, kinds=KINDS, ranking="measured", curves=curves)
+        assert gone(groups, plan, names) == {n: heads if n.endswith("kv_heads") else units for n in names}, (units, heads)
 
 
 def test_paces_of_a_measured_ranking(groups: Groups) -> None:

@@ -15,6 +15,8 @@ import fxprune
 from fxprune import PrunePlan, Selection
 from fxprune.criteria import CRITERIA
 from fxprune.errors import UsageError
+from fxprune.passes.batches import causal_loss
+from fxprune.passes.selection import lanes_of
 from fxprune.planning import Planning, settle
 from fxprune.recipes import RECIPES, SETTINGS, read_recipe
 
@@ -268,42 +270,51 @@ def test_units_that_no_linear_map_reads_are_scored_otherwise() -> None:
         assert torch.equal(result.plan.keep[name], best)
 
 
-def test_rounds(llama: nn.Module, graph: torch.fx.GraphModule) -> None:
-    """The second round measures beside the first one's plan."""
-    from fxprune.passes.importance import causal_loss
-    from fxprune.passes.sensitivity import measurable, measure_curves
-
+@pytest.mark.parametrize("widths", ["per-layer", "uniform"])
+@pytest.mark.parametrize("compensation", ["none", "least-squares"])
+def test_rounds(llama: nn.Module, graph: torch.fx.GraphModule, widths: str, compensation: str) -> None:
+    """The budget is spent in parts: the second one where the next step costs least beside what the first one took."""
     batch: list[dict[str, Tensor]] = [{"input_ids": tokens(4, 12)}]
-    options: dict[str, Any] = {
-        "kinds": ("kv_heads", "ffn"),
-        "levels": 3,
-        "sensitivity_samples": 4,
-        "calibration": batch,
-        "loss": causal_loss,
-    }
-    for compensation in ("none", "least-squares"):
-        one, two = (
-            fxprune.prune(llama, 0.3, graph=graph, rounds=r, compensation=compensation, **options, check=False) for r in (1, 2)
-        )
-        assert [s for s in two.report.seconds if s.startswith("sens")] == ["sensitivity, round 1", "sensitivity, round 2"]
-        groups = one.groups
-        names = [g.name for g in measurable(groups) if g.kind in options["kinds"]]
-        curves = measure_curves(
-            graph,
-            groups,
-            one.plan.scores,
-            batch,
-            names=names,
-            levels=3,
-            plan=one.plan,
-            compensated=compensation != "none",
-        )
-        chosen = fxprune.select(
-            groups, one.plan.scores, ratio=0.3, kinds=options["kinds"], ranking="measured", widths="per-layer", curves=curves
-        )
-        assert same_plan(two.plan, chosen)
-        assert not same_plan(one.plan, two.plan)
-        assert (one.plan.recipe["rounds"], two.plan.recipe["rounds"]) == (1, 2)
+    kinds, ratio = ("kv_heads", "ffn"), 0.3
+    options: dict[str, Any] = {"kinds": kinds, "levels": 4, "sensitivity_samples": 4, "calibration": batch, "loss": causal_loss}
+    options |= {"compensation": compensation, "widths": widths, "graph": graph, "check": False}
+    half = fxprune.prune(llama, ratio / 2, rounds=1, **options)
+    whole = fxprune.prune(llama, ratio, rounds=2, **options)
+    assert [s for s in whole.report.seconds if s.startswith("sens")] == ["sensitivity, part 1", "sensitivity, part 2"]
+    groups, scores = whole.groups, half.plan.scores
+    lanes = lanes_of(groups, Selection(ratio=ratio, kinds=kinds, widths=widths))
+    measured: dict[str, Any] = {"lanes": lanes, "levels": 4, "compensated": compensation != "none"}
+    first = fxprune.measure_curves(graph, groups, scores, batch, **measured)
+    second = fxprune.measure_curves(graph, groups, scores, batch, **measured, plan=half.plan, ahead=1)
+    curves = {}
+    for lane, points in second.items():
+        (gone, _), *steps = points
+        count, change = steps[0] if steps else points[0]
+        before = dict(first[lane])
+        curves[lane] = [*points, *((n, change + value - before[count]) for n, value in first[lane] if n > count)]
+        assert gone == groups[lanes[lane][0]].size - len(half.plan.keep.get(lanes[lane][0], range(groups[lanes[lane][0]].size)))
+    choice: dict[str, Any] = {"kinds": kinds, "ranking": "measured", "widths": widths}
+    assert same_plan(whole.plan, fxprune.select(groups, scores, ratio=ratio, curves=curves, **choice))
+    for name, units in half.plan.keep.items():  # nothing is given back
+        assert set(whole.plan.keep[name].tolist()) <= set(units.tolist())
+
+
+def test_parts_that_are_smaller_than_a_unit(llama: nn.Module, graph: torch.fx.GraphModule) -> None:
+    """They are left to the next part."""
+    batch: list[dict[str, Tensor]] = [{"input_ids": tokens(4, 12)}]
+    options: dict[str, Any] = {"graph": graph, "calibration": batch, "check": False, "levels": 2, "kinds": "kv_heads"}
+    groups = fxprune.prune(llama, 0.1, **options).groups
+    unit = groups["model.layers.0.self_attn.kv_heads"].parameters_per_unit / groups.total
+    result = fxprune.prune(llama, unit, rounds=4, **options)
+    assert sum(result.plan.removed()[n].numel() for n in result.plan.keep) == 1
+
+
+def test_a_protected_group_is_not_measured(llama: nn.Module, graph: torch.fx.GraphModule) -> None:
+    seen: list[tuple[str, int, int]] = []
+    options: dict[str, Any] = {"graph": graph, "calibration": [{"input_ids": tokens(4, 12)}], "rounds": 1, "check": False}
+    options |= {"protect_first": DENSE_LAYERS - 1, "progress": lambda *what: seen.append(what)}
+    fxprune.prune(llama, 0.05, kinds="ffn", **options)
+    assert [what for what in seen if what[0] == "sensitivity"] == [("sensitivity", 1, 1)]
 
 
 def test_a_criterion_that_needs_no_data_makes_a_prune_that_needs_none() -> None:

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_manager import PassManager
 
-from fxprune import find_groups, score, trace
+from fxprune import compensate, find_groups, rewrite, score, trace
 from fxprune.errors import FxPruneError, UsageError
 from fxprune.groups import Groups
 from fxprune.passes import DependencyPass, ImportancePass, SelectionPass
+from fxprune.passes.batches import causal_loss
 from fxprune.passes.dependency import PLAN
-from fxprune.passes.importance import SCORES, causal_loss
-from fxprune.passes.sensitivity import CURVES, SensitivityPass, measurable, measure_curves, without
+from fxprune.passes.importance import SCORES
+from fxprune.passes.masking import measurable, without
+from fxprune.passes.sensitivity import CURVES, SensitivityPass, measure_curves
 from fxprune.plan import PrunePlan
 
 from .zoo import build, tokens
@@ -487,6 +489,70 @@ def test_beside_a_compensated_plan(llama: Case) -> None:
                 other.get_parameter(f"{path}.weight").data = compensated(dense, grams[path], gone({**counts, name: count}), 0.03)
                 assert change == pytest.approx(eager_loss(other, batches()) - base, abs=1e-4), (name, count)
             assert (PLANNED[name], 0.0) in curves[name]
+
+
+def test_only_the_next_levels_beyond_a_plan(llama: Case) -> None:
+    plan = planned(llama, {"model.layers.0.mlp.ffn": 20})
+    names = ["model.layers.0.mlp.ffn", "model.layers.1.mlp.ffn"]
+    options: dict[str, Any] = {"names": names, "levels": 7, "plan": plan}  # steps of 9 of the 63 units that may go
+    with untouched(llama.gm):
+        everything = measure_curves(llama.gm, llama.groups, llama.scores, batches(), **options)
+        curves = measure_curves(llama.gm, llama.groups, llama.scores, batches(), **options, ahead=2)
+    assert [n for n, _ in curves[names[0]]] == [20, 27, 36]
+    assert [n for n, _ in curves[names[1]]] == [0, 9, 18]
+    for name in names:
+        assert set(curves[name]) < set(everything[name])
+    emptied = planned(llama, {"model.layers.0.mlp.ffn": 63})
+    assert measure_curves(llama.gm, llama.groups, llama.scores, batches(), names=names[:1], plan=emptied, ahead=1) == {
+        names[0]: [(63, 0.0)]
+    }
+
+
+LANES = {
+    "both": ["model.layers.0.mlp.ffn", "model.layers.1.mlp.ffn"],
+    "heads": ["model.layers.0.self_attn.kv_heads", "model.layers.1.self_attn.kv_heads"],
+    "alone": ["model.layers.1.self_attn.query_groups"],
+}
+
+
+@pytest.mark.parametrize("compensation", ["none", "least-squares"])
+def test_groups_that_lose_units_together(llama: Case, compensation: str) -> None:
+    """A lane's points are the losses of what `rewrite` and `compensate` make of the same units."""
+    plan = planned(llama, dict.fromkeys(LANES["both"], 11))
+    calibration = batches()
+    options: dict[str, Any] = {"levels": 3, "plan": plan, "compensated": compensation != "none"}
+    with untouched(llama.gm):
+        curves = measure_curves(llama.gm, llama.groups, llama.scores, calibration, lanes=LANES, **options)
+
+    def loss(counts: Mapping[str, int]) -> float:
+        chosen = planned(llama, counts)
+        small = rewrite(llama.gm, chosen)
+        compensate(llama.gm, small, chosen, calibration, method=compensation)
+        values = [float(next_token_loss(small(**b), b)) * len(b["input_ids"]) for b in calibration]
+        return sum(values) / sum(len(b["input_ids"]) for b in calibration)
+
+    base = dict.fromkeys(LANES["both"], 11)
+    with torch.no_grad():
+        assert [n for n, _ in curves["both"]] == [0, 11, 21, 42, 63]
+        for lane, names in LANES.items():
+            if compensation != "none" and lane == "alone":
+                continue  # of a group alone only the map that reads it is solved again
+            for count, change in curves[lane]:
+                assert change == pytest.approx(loss({**base, **dict.fromkeys(names, count)}) - loss(base), abs=1e-4), (lane, count)
+    assert dict(curves["both"])[63] > 1e-3
+
+
+def test_lanes_that_cannot_be_measured(llama: Case) -> None:
+    def refused(said: str, **options: Any) -> None:
+        with pytest.raises(UsageError, match=said):
+            measure_curves(llama.gm, llama.groups, llama.scores, batches(), **options)
+
+    mixed = {"odd": ["model.layers.0.mlp.ffn", "model.layers.0.self_attn.kv_heads"]}
+    refused("^the groups of 'odd' must be of one size, and lose equally many units by the plan$", lanes=mixed)
+    plan = planned(llama, {"model.layers.0.mlp.ffn": 20})
+    refused("^the groups of 'both' must be of one size, and lose equally many", lanes=LANES, plan=plan)
+    refused("^names= and lanes= both say what to measure: give one of them$", lanes=LANES, names=["model.layers.0.mlp.ffn"])
+    refused("^ahead must be at least 1, got 0$", ahead=0)
 
 
 def test_a_plan_that_drops_layers(llama: Case) -> None:

@@ -171,7 +171,7 @@ class _Clock:
     """Runs the stages of planning.
 
     One that reads neither a selection nor a plan, and so does not depend on the ratio, is run once for all rows with the same
-    settings; its seconds are those of that one run.
+    settings (and the same lanes, where sensitivity is measured); its seconds are those of that one run.
     """
 
     def __init__(self, kept: dict[str, tuple[Any, float]], settings: str) -> None:
@@ -179,7 +179,7 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     def __call__(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        key = f"{name} {self.settings}"
+        key = f"{name} {self.settings} {json.dumps(kwargs.get('lanes'))}"
         if key not in self.kept:
             start = time.perf_counter()
             made = function(*args, **kwargs)
