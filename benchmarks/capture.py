@@ -111,7 +111,7 @@ def _torch_pruning(tp: Any, model: Any) -> dict[str, float]:
 def _forward_backward(model: Any) -> dict[str, float]:
     import torch
 
-    from fxprune.passes.importance import causal_loss
+    from fxprune.passes.batches import causal_loss
 
     generator = torch.Generator().manual_seed(0)
     batch = {"input_ids": torch.randint(0, model.config.vocab_size, (10, 64), generator=generator)}

@@ -32,9 +32,9 @@ from benchmarks.common import RESULTS, header, write
 from benchmarks.zoo import inputs as zoo_inputs
 from benchmarks.zoo import pool
 from benchmarks.zoo import types as zoo_types
-from fxprune.capture import quiet
 from fxprune.errors import CheckpointError
 from fxprune.groups import Groups, PruneGroup
+from fxprune.mode import quiet
 from fxprune.passes.verify import relative_error
 
 TOLERANCE = 1e-4

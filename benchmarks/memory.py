@@ -107,7 +107,7 @@ def measure(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     import fxprune
-    from fxprune.passes.importance import causal_loss
+    from fxprune.passes.batches import causal_loss
 
     torch.set_num_threads(arguments.threads)
     shape = common.SHAPES[arguments.shape]

@@ -16,16 +16,17 @@ from torch import nn
 from torch.fx import GraphModule
 
 from .calibration import Calibration, vocabulary_of
-from .capture import quiet, trace
+from .capture import trace
 from .checkpoint.config import Unsolved, solve_config
 from .checkpoint.eager import Surgery, call, judge, new_biases, operate, padded, sliced_state
 from .checkpoint.save import save_pruned
 from .criteria import Criterion, UserCriterion
 from .errors import CheckpointError, UsageError, VerificationError
 from .groups import Groups
+from .mode import quiet
+from .passes.batches import Loss, Progress
 from .passes.compensation import Compensation, compensate
 from .passes.dependency import groups_of
-from .passes.importance import Loss
 from .passes.rewrite import rewrite
 from .passes.selection import Selection
 from .passes.verify import VerifyReport, relative_error, tolerance_of, verify
@@ -34,8 +35,6 @@ from .planning import Material, make_plan, settle
 from .recipes import RecipeLike
 
 log = logging.getLogger("fxprune")
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

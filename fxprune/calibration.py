@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .data.sources import parse_sources, reason, texts
 from .errors import FxPruneError, UsageError
+from .mode import evaluating
 
 Calibration: TypeAlias = "str | os.PathLike[str] | Sequence[str] | Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None"
 
@@ -138,18 +139,12 @@ def sample_from(model: nn.Module, samples: int, length: int, seed: int) -> Tenso
         raise UsageError("the model is on the meta device and cannot sample its own calibration text: it has no weights")
     generator = torch.Generator(device="cpu").manual_seed(seed)
     ids = torch.full((samples, 1), start if 0 <= start < vocabulary else 0, dtype=torch.long, device=device)
-    training = [m for m in model.modules() if m.training]
-    model.eval()
     cache: Any = None
-    try:
-        with torch.no_grad():
-            for _ in range(length):
-                logits, cache = _next(model, ids, cache)
-                drawn = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator).to(device)
-                ids = torch.cat([ids, drawn], 1)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), torch.no_grad():
+        for _ in range(length):
+            logits, cache = _next(model, ids, cache)
+            drawn = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator).to(device)
+            ids = torch.cat([ids, drawn], 1)
     return ids[:, 1:]
 
 

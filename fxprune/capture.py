@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from ._compat import CANNOT_TELL, FakeTensorMode, dynamic_size_errors
 from .errors import CaptureError, UsageError
+from .mode import quiet
 from .quantised import refuse_quantised
 
 log = logging.getLogger("fxprune")
@@ -161,27 +162,6 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], m
 
 def _signature(model: nn.Module) -> list[str]:
     return list(inspect.signature(model.forward).parameters)
-
-
-@contextlib.contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no KV cache while tracing; the model is put back as it was."""
-    training = [m for m in model.modules() if m.training]
-    configs: list[Any] = []
-    seen: list[Any] = [getattr(m, "config", None) for m in model.modules()]
-    for config in {id(c): c for c in seen if c is not None}.values():
-        parts = (config, getattr(config, "text_config", None), getattr(config, "decoder", None))
-        configs.extend(part for part in parts if getattr(part, "use_cache", None) is True)
-    model.eval()
-    for config in configs:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for config in configs:
-            config.use_cache = True
 
 
 def _trouble_elsewhere(gm: GraphModule, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ by: nothing of the size of an activation is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ..errors import FxPruneError
+from .batches import Batch, Loss, Progress, flat_arguments, rows_of
 from .consumers import Consumer, counted_rows
-from .importance import Batch, Loss, call_arguments
 
 
 @dataclass
@@ -63,7 +63,7 @@ def collect_moments(
     calibration: Sequence[Batch],
     *,
     loss: Loss | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Moments]:
     """Moments of what each linear map reads.
 
@@ -86,8 +86,7 @@ def collect_moments(
     for number, batch in enumerate(calibration):
         moved = {k: v.to(device) for k, v in batch.items()}
         run = _Reader(gm, consumers, moved, found, gradient=loss is not None)
-        args, kwargs = call_arguments(gm, moved)
-        flat = torch.utils._pytree.tree_leaves([*args, *kwargs.values()])
+        flat = flat_arguments(gm, moved)
         before = {p: p.requires_grad for p in gm.parameters()}
         try:
             for parameter in before:
@@ -155,4 +154,4 @@ def _tokens(batch: Mapping[str, Tensor]) -> int:
     if ids is not None:
         mask = batch.get("attention_mask")
         return int(mask[:, 1:].sum()) if mask is not None and mask.shape == ids.shape else ids[:, 1:].numel()
-    return max(v.shape[0] if v.dim() else 1 for v in batch.values())
+    return rows_of(batch)

@@ -6,28 +6,24 @@ units that own its elements and drops the gradient, before backward reaches the 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..criteria import Criterion, UserCriterion, aggregate, check_aggregation, find_criterion
 from ..errors import FxPruneError, UsageError
 from ..groups import Groups, Member, PruneGroup
+from .activations import collect_moments
 from .base import Pass
+from .batches import Batch, Loss, Progress, call_arguments, causal_loss, samples, warn_of_padding
+from .consumers import columns, find_consumers
 from .dependency import groups_of
 
-log = logging.getLogger("fxprune")
-
 SCORES = "fxprune.scores"
-
-Batch: TypeAlias = Mapping[str, Tensor]
-Loss: TypeAlias = Callable[[Any, Batch], Tensor]
 
 
 class ImportancePass(Pass):
@@ -45,7 +41,7 @@ class ImportancePass(Pass):
         loss: Loss | None = None,
         seed: int = 0,
         sweeps: int = 4,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         super().__init__()
         self.criterion, self.calibration, self.aggregation = criterion, calibration, aggregation
@@ -86,7 +82,7 @@ def score(
     loss: Loss | None = None,
     seed: int = 0,
     sweeps: int = 4,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Importance of every unit of every prunable group.
 
@@ -149,12 +145,9 @@ def _by_features(
     calibration: Sequence[Batch],
     loss: Loss,
     aggregation: str,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> dict[str, Tensor]:
     """Scores out of what linear maps read: each counts for the groups that it contracts."""
-    from .activations import collect_moments
-    from .consumers import columns, find_consumers
-
     assert criterion.feature is not None
     consumers = find_consumers(gm, ledger.groups)
     if not consumers:
@@ -293,13 +286,13 @@ def _collect(
     calibration: Sequence[Batch],
     loss: Loss,
     sweeps: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> None:
     warn_of_padding(gm, calibration)
     if isinstance(criterion, Criterion) and criterion.accumulate:
         _mixed(gm, ledger, calibration, loss, sweeps, progress)
         return
-    steps = list(_samples(calibration)) if isinstance(criterion, Criterion) and criterion.per_sample else list(calibration)
+    steps = list(samples(calibration)) if isinstance(criterion, Criterion) and criterion.per_sample else list(calibration)
 
     def on_gradient(name: str, parameter: Tensor) -> None:
         gradient = parameter.grad
@@ -326,10 +319,10 @@ def _mixed(
     calibration: Sequence[Batch],
     loss: Loss,
     sweeps: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> None:
     """``|w g - w h w / 2|`` needs g and h of all samples element by element: a share of the parameters at a time."""
-    samples, chunks = list(_samples(calibration)), _shares(ledger, sweeps)
+    singles, chunks = list(samples(calibration)), _shares(ledger, sweeps)
     for number, chunk in enumerate(chunks):
         first: dict[str, Tensor] = {}
         second: dict[str, Tensor] = {}
@@ -339,16 +332,16 @@ def _mixed(
             gradient = _accumulable(parameter.grad)
             parameter.grad = None
             if name in first:
-                second[name].addcmul_(gradient, gradient, value=1 / len(samples))
-                first[name].add_(gradient, alpha=1 / len(samples))
+                second[name].addcmul_(gradient, gradient, value=1 / len(singles))
+                first[name].add_(gradient, alpha=1 / len(singles))
             else:  # the gradient itself becomes the sum
-                second[name] = gradient.square().div_(len(samples))
-                first[name] = gradient.div_(len(samples))
+                second[name] = gradient.square().div_(len(singles))
+                first[name] = gradient.div_(len(singles))
 
         with _hooks(gm, ledger, chunk, on_gradient):
-            for i, batch in enumerate(samples):
+            for i, batch in enumerate(singles):
                 _backward(gm, batch, loss)
-                progress("importance", number * len(samples) + i + 1, len(chunks) * len(samples))
+                progress("importance", number * len(singles) + i + 1, len(chunks) * len(singles))
         for name in chunk:
             if name in first:
                 w = ledger.weight(name)
@@ -402,78 +395,3 @@ def _backward(gm: GraphModule, batch: Batch, loss: Loss) -> None:
     if not bool(torch.isfinite(value)):
         raise FxPruneError(f"the calibration loss is {float(value.detach())}: nothing was pruned")
     value.backward()
-
-
-def call_arguments(gm: GraphModule, batch: Batch) -> tuple[list[Any], dict[str, Any]]:
-    """The positional and keyword arguments that a traced module takes, out of a batch.
-
-    Args:
-        gm: What `fxprune.trace` returned; it is called as it was traced.
-        batch: Mapping from input names; what the module does not take is left out.
-
-    Raises:
-        UsageError: An input of the traced module is missing.
-    """
-    positional, keywords = input_names(gm)
-    missing = [n for n in (*positional, *keywords) if n not in batch]
-    if missing:
-        raise UsageError(
-            f"a calibration batch has {', '.join(batch) or 'nothing'}, but the model was traced with "
-            f"{', '.join((*positional, *keywords))}: {', '.join(missing)} is missing"
-        )
-    return [batch[n] for n in positional], {n: batch[n] for n in keywords}
-
-
-def input_names(gm: GraphModule) -> tuple[list[str], list[str]]:
-    """Names of the positional and of the keyword arguments that a traced module takes."""
-    info: Any = getattr(gm.graph._codegen, "pytree_info", None)
-    if info is None:
-        return [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"], []
-    args, kwargs = info.in_spec.child(0), info.in_spec.child(1)
-    keywords = list(kwargs.context) if kwargs.num_children else []
-    return [n for n in info.orig_args if n not in ("self", *keywords)][: args.num_children], keywords
-
-
-def warn_of_padding(gm: GraphModule, calibration: Sequence[Batch]) -> None:
-    """Say so where padding is marked in the batches, but the traced module takes no mask."""
-    positional, keywords = input_names(gm)
-    masks = [b["attention_mask"] for b in calibration if "attention_mask" in b]
-    if "attention_mask" not in (*positional, *keywords) and not all(bool(m.bool().all()) for m in masks):
-        log.warning("the model was traced without attention_mask: padding in the calibration batches is attended to")
-
-
-def _samples(calibration: Sequence[Batch]) -> Iterator[Batch]:
-    """One sample at a time; a tensor with one row where others have many belongs to every sample."""
-    for batch in calibration:
-        rows = max(v.shape[0] if v.dim() else 1 for v in batch.values())
-        odd = [k for k, v in batch.items() if v.dim() and v.shape[0] not in (1, rows)]
-        if odd:
-            sizes = ", ".join(f"{k} has {len(v)}" for k, v in batch.items() if v.dim())
-            raise UsageError(f"the tensors of a calibration batch must have equally many samples: {sizes}")
-        for i in range(rows):
-            yield {k: v[i : i + 1] if v.dim() and v.shape[0] == rows else v for k, v in batch.items()}
-
-
-def causal_loss(outputs: Any, batch: Batch) -> Tensor:
-    """Next-token cross-entropy, the mean over all predicted tokens, in float32.
-
-    Args:
-        outputs: What the module returned: an object with ``logits``, or a sequence or mapping whose first floating-point tensor
-            they are; ``[samples, length, vocabulary]``.
-        batch: Holds ``labels`` (-100 is ignored) or ``input_ids``, ``[samples, length]``; with an ``attention_mask``, padding
-            is ignored.
-
-    Raises:
-        UsageError: There are no labels to compare with.
-    """
-    logits = getattr(outputs, "logits", None)
-    if logits is None:
-        leaves = torch.utils._pytree.tree_leaves(outputs)
-        logits = next((t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()), None)
-    labels = batch.get("labels", batch.get("input_ids"))
-    if logits is None or labels is None or logits.dim() != 3:
-        raise UsageError("the default loss needs logits [samples, length, vocabulary] and input_ids or labels: pass loss=")
-    target = labels[:, 1:]
-    if "labels" not in batch and "attention_mask" in batch:
-        target = target.masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten(), ignore_index=-100)

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Interpreter
 
 from ..errors import FxPruneError, UsageError
 from ..groups import Groups
-from .importance import Batch, call_arguments, warn_of_padding
+from .batches import Batch, flat_arguments, warn_of_padding
 
 
 def block_influence(gm: GraphModule, groups: Groups, calibration: Sequence[Batch]) -> dict[str, float]:
@@ -37,10 +37,9 @@ def block_influence(gm: GraphModule, groups: Groups, calibration: Sequence[Batch
     device = next(gm.parameters()).device
     for batch in calibration:
         moved = {k: v.to(device) for k, v in batch.items()}
-        args, kwargs = call_arguments(gm, moved)
         run = _Recorder(gm, names)
         with torch.no_grad():
-            run.run(*torch.utils._pytree.tree_leaves([*args, *kwargs.values()]), enable_io_processing=False)
+            run.run(*flat_arguments(gm, moved), enable_io_processing=False)
         for path, block in groups.blocks.items():
             x, y = run.seen[block.source], run.seen[block.result]
             change = 1 - torch.cosine_similarity(x.float(), y.float(), dim=-1)

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from .importance import Batch, call_arguments
+from .batches import Batch, flat_arguments
 
 Compute: TypeAlias = Callable[[Mapping[Node, Any]], Any]
 
@@ -39,10 +38,8 @@ class Stepper(Interpreter):
         """The state before the first node, with the inputs that the module takes out of a batch (moved to its device)."""
         device = next(self.module.parameters()).device
         moved = {k: v.to(device) for k, v in batch.items()}
-        args, kwargs = call_arguments(self.module, moved)  # type: ignore[arg-type]
-        flat = torch.utils._pytree.tree_leaves([*args, *kwargs.values()])
         inputs = [node for node in self.nodes if node.op == "placeholder"]
-        return dict(zip(inputs, flat, strict=True))
+        return dict(zip(inputs, flat_arguments(self.module, moved), strict=True))  # type: ignore[arg-type]
 
     def advance(self, state: dict[Node, Any], start: int, stop: int, instead: Mapping[Node, Compute] | None = None) -> Any:
         """Run nodes ``start`` to ``stop`` (not included) and forget what no later node reads.

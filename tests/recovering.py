@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.api import PruneResult
+from fxprune.data import Batches, load_examples
 from fxprune.recovery.result import RecoveryResult
 from fxprune.recovery.run import recover
 
-from .test_cli import tokenizer
-from .zoo import build, tokens
-
-ROOT = Path(__file__).resolve().parents[1]
+from .zoo import build, tokenizer, tokens
 
 SMALL: dict[str, Any] = {"cutoff": 24, "length": 48, "batch_size": 6, "lr": 3e-3, "max_steps": 8, "validation_every": 3}
 """Settings of a run that takes a moment."""
@@ -57,6 +55,13 @@ def write_instructions(path: Path, rows: int = 60) -> Path:
     lines = [{"instruction": f"w{chosen.randrange(94)}", "input": "", "output": "w1 w2 w3 w4"} for _ in range(rows)]
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
+
+
+def unpacked(text: Path, **options: Any) -> Batches:
+    """Batches as a recovery with these settings makes them."""
+    examples = load_examples(str(text), tokenizer(), cutoff=SMALL["cutoff"], completion_only=False, seed=0, **options)
+    train, _ = examples.split(len(examples) // 10, 0)
+    return Batches(train, batch_size=SMALL["batch_size"], length=SMALL["cutoff"], packing=False, pad_id=2, seed=0)
 
 
 @functools.cache

@@ -16,8 +16,8 @@ from fxprune import find_groups, score, trace
 from fxprune.errors import FxPruneError, UsageError
 from fxprune.groups import Groups
 from fxprune.passes.activations import Moments, collect_moments
+from fxprune.passes.batches import causal_loss
 from fxprune.passes.consumers import find_consumers
-from fxprune.passes.importance import causal_loss
 
 from .zoo import build, tokens
 

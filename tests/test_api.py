@@ -19,6 +19,7 @@ from fxprune.criteria import CRITERIA
 from fxprune.errors import CheckpointError, UsageError, VerificationError
 from fxprune.report import markdown, table, write_report
 
+from .closeness import relative
 from .zoo import build, tokens
 
 
@@ -35,12 +36,6 @@ def tiny() -> nn.Module:
 @pytest.fixture(scope="module")
 def result(dense: nn.Module) -> PruneResult:
     return prune(dense, 0.25, recipe={"criterion": "l1"})
-
-
-def relative(expected: Tensor, actual: Tensor) -> float:
-    expected, actual = expected.detach(), actual.detach()
-    assert expected.shape == actual.shape
-    return float((expected - actual).abs().max() / expected.abs().max())
 
 
 class Regression(nn.Module):

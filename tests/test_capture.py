@@ -12,15 +12,7 @@ from torch.fx import GraphModule
 import fxprune
 from fxprune.errors import CaptureError, UsageError
 
-
-def llama(**changes: Any) -> Any:
-    """A tiny GQA Llama with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 4}
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **changes})).eval()
+from .zoo import build, tokens
 
 
 class InPlace(nn.Module):
@@ -54,17 +46,17 @@ class Regions(nn.Module):
 
 
 def test_a_traced_model_computes_the_same_at_any_batch_and_sequence() -> None:
-    model = llama()
-    gm = fxprune.trace(model, {"input_ids": torch.randint(0, 61, (1, 7))})
+    model = build("llama")
+    gm = fxprune.trace(model, {"input_ids": tokens(1, 7)})
     for shape in ((1, 3), (2, 9), (5, 17)):
-        ids = torch.randint(0, 61, shape)
+        ids = tokens(*shape)
         with torch.no_grad():
             torch.testing.assert_close(gm(input_ids=ids).logits, model(ids).logits)
 
 
 def test_parameters_are_the_models_own_under_their_names_and_tied_ones_are_one() -> None:
-    model = llama()
-    gm = fxprune.trace(model, {"input_ids": torch.randint(0, 61, (2, 5))})
+    model = build("llama")
+    gm = fxprune.trace(model, {"input_ids": tokens(2, 5)})
     own = dict(model.named_parameters())
     traced = dict(gm.named_parameters())
     assert traced.keys() == own.keys()
@@ -73,7 +65,7 @@ def test_parameters_are_the_models_own_under_their_names_and_tied_ones_are_one()
 
 
 def test_the_graph_is_canonical() -> None:
-    gm = fxprune.trace(llama(), {"input_ids": torch.randint(0, 61, (2, 5))})
+    gm = fxprune.trace(build("llama"), {"input_ids": tokens(2, 5)})
     targets = [n.target for n in gm.graph.nodes if n.op == "call_function"]
     assert not any("_assert" in str(t) or "wrap_with" in str(t) for t in targets)
     assert not any(getattr(t, "_schema", None) is not None and t._schema.is_mutable for t in targets)
@@ -105,10 +97,10 @@ def test_a_no_grad_region_inside_grad_mode_is_inlined_and_gradients_still_flow()
 def test_a_meta_model_traces_and_has_the_same_groups() -> None:
     from transformers import LlamaForCausalLM
 
-    real: Any = llama()
+    real: Any = build("llama")
     with torch.device("meta"):
         meta = LlamaForCausalLM(real.config).eval()
-    ids = {"input_ids": torch.randint(0, 61, (2, 5))}
+    ids = {"input_ids": tokens(2, 5)}
     a, b = (fxprune.find_groups(fxprune.trace(m, ids)) for m in (real, meta))
     assert [(g.name, g.kind, g.size, g.prunable) for g in a.values()] == [(g.name, g.kind, g.size, g.prunable) for g in b.values()]
 
@@ -122,11 +114,11 @@ def test_a_symbolically_traced_module_goes_through_the_same_door() -> None:
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    model: Any = llama()
+    model: Any = build("llama")
     model.train()
     model.model.layers[0].eval()
     model.config.use_cache = True
-    fxprune.trace(model, {"input_ids": torch.randint(0, 61, (2, 5))})
+    fxprune.trace(model, {"input_ids": tokens(2, 5)})
     assert model.training
     assert not model.model.layers[0].training
     assert model.config.use_cache is True

@@ -29,7 +29,7 @@ from fxprune.passes.selection import Selection
 from fxprune.plan import PrunePlan
 
 from .chatglm import ChatGLM, Shape, build_chatglm, prompts
-from .test_exact import KeptLayerNorm, error, prunable, sizes, some
+from .masking import KeptLayerNorm, error, prunable, sizes, some
 
 WIDTH, HEADS, INNER = 12, 8, 160
 EXPECTED = {"hidden": [96], "kv_heads": [8, 8], "ffn": [160, 160], "head_dim": [3, 3, 12, 12]}

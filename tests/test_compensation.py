@@ -1,10 +1,9 @@
-"""Weight compensation against plain linear algebra on the eager model, and what becomes of it in checkpoints."""
+"""Weight compensation, by least squares and by biases, against plain linear algebra on the eager model."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,109 +12,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM
 
-import fxprune
 from fxprune import find_groups, rewrite, trace
 from fxprune.errors import FxPruneError, UsageError
 from fxprune.passes.compensation import COMPENSATION, RIDGE, Compensation, CompensationPass, compensate, output_error, solve
 from fxprune.plan import PrunePlan
 
+from .compensating import (
+    COUNTED,
+    DIM,
+    GPT2_FEATURES,
+    GPT2_GONE,
+    KV,
+    LLAMA_FEATURES,
+    LLAMA_GONE,
+    RATIO,
+    Batch,
+    batches,
+    by_hand,
+    check_bits,
+    check_weights,
+    heads,
+    logits,
+    mean_of,
+    pruned,
+    without,
+)
 from .zoo import build, tokens
-
-KV, RATIO, DIM, FFN, HEADS = 2, 3, 8, 64, 6
-
-Batch = Mapping[str, Tensor]
-Gone = Mapping[str, Sequence[int]]
-
-
-def batches() -> list[dict[str, Tensor]]:
-    """Two batches of different shapes, with padding."""
-    first, second = tokens(6, 11, seed=1), tokens(3, 14, seed=2)
-    left, right = torch.ones_like(first), torch.ones_like(second)
-    left[0, :4] = left[2, :1] = 0
-    right[1, 9:] = 0
-    return [{"input_ids": first, "attention_mask": left}, {"input_ids": second, "attention_mask": right}]
-
-
-COUNTED = 66 + 42 - 10
-
-
-def without(size: int, gone: Sequence[int]) -> list[int]:
-    return [u for u in range(size) if u not in set(gone)]
-
-
-def heads(units: Sequence[int]) -> list[int]:
-    """Features of an output projection of the zoo's llama that its key-value heads own."""
-    return [u * RATIO * DIM + i for u in units for i in range(RATIO * DIM)]
-
-
-def pruned(model: nn.Module, gone: Gone, drop: Sequence[str] = ()) -> tuple[GraphModule, GraphModule, PrunePlan]:
-    """Its trace, what is left of it, and the plan."""
-    gm = trace(model, batches()[0])
-    groups = find_groups(gm)
-    plan = PrunePlan.from_keep(groups, {n: without(groups[n].size, units) for n, units in gone.items()}, drop=drop)
-    return gm, rewrite(gm, plan), plan
-
-
-def read_by(model: nn.Module, path: str, calibration: Sequence[Batch]) -> Tensor:
-    """What a module of the eager model reads, padding left out: ``[tokens, features]`` in double precision."""
-    rows: list[Tensor] = []
-    for batch in calibration:
-
-        def keep(module: nn.Module, args: tuple[Tensor, ...], batch: Batch = batch) -> None:
-            rows.append(args[0].flatten(0, -2)[batch["attention_mask"].flatten().bool()].double())
-
-        handle = model.get_submodule(path).register_forward_pre_hook(keep)
-        with torch.no_grad():
-            model(**batch, use_cache=False)
-        handle.remove()
-    return torch.cat(rows)
-
-
-def by_hand(
-    model: nn.Module, features: Mapping[str, Sequence[int]], ridge: float = RIDGE, dim: int = 1
-) -> tuple[nn.Module, dict[str, tuple[float, float]]]:
-    """Map after map: W_K + W_R G_RK (G_KK + ridge diag G_KK)^-1 of what it reads in the network as changed so far.
-
-    Returns:
-        (the eager model with the removed features' columns zero, errors before and after for each map).
-    """
-    model, errors = copy.deepcopy(model), {}
-    for path, gone in features.items():
-        x = read_by(model, path, batches())
-        parameter: Any = model.get_parameter(f"{path}.weight")
-        w = (parameter if dim == 1 else parameter.mT).detach().double()
-        stay = without(w.shape[1], gone)
-        gram = x.mT @ x
-        inner = gram[stay][:, stay] + ridge * torch.diag(gram.diagonal()[stay])
-        new = torch.zeros_like(w)
-        new[:, stay] = w[:, stay] + w[:, list(gone)] @ gram[list(gone)][:, stay] @ torch.linalg.inv(inner)
-        cut = w.clone()
-        cut[:, list(gone)] = 0
-        full = (x @ w.mT).square().sum()
-        errors[f"{path}.weight"] = tuple(float((x @ (w - v).mT).square().sum() / full) for v in (cut, new))
-        parameter.data = (new if dim == 1 else new.mT).to(parameter.dtype)
-    return model, errors  # type: ignore[return-value]
-
-
-def check_weights(small: nn.Module, wanted: nn.Module, features: Mapping[str, Sequence[int]], dim: int = 1) -> None:
-    for path, gone in features.items():
-        weight: Any = wanted.get_parameter(f"{path}.weight").detach()
-        stay = without(weight.shape[dim], gone)
-        actual = small.get_parameter(f"{path}.weight").detach()
-        torch.testing.assert_close(actual, weight.index_select(dim, torch.tensor(stay)), rtol=1e-4, atol=1e-4)
-
-
-def logits(model: nn.Module, batch: Batch) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(**batch).logits
-    return out
-
-
-def check_bits(module: nn.Module, before: Mapping[str, Tensor]) -> None:
-    for name, parameter in module.named_parameters():
-        assert torch.equal(parameter, before[name]), name
 
 
 class Two(nn.Module):
@@ -207,32 +131,6 @@ def test_units_that_others_can_stand_in_for_cost_nothing() -> None:
     assert all(before > 1e-4 and after < 1e-6 for before, after in result.maps.values()), result.maps
 
 
-LLAMA_GONE = {
-    "model.layers.0.self_attn.kv_heads": [1],
-    "model.layers.0.mlp.ffn": list(range(0, 40, 2)),
-    "model.layers.1.self_attn.query_groups": [0],
-    "model.layers.1.mlp.ffn": list(range(5, 30)),
-}
-LLAMA_FEATURES = {
-    "model.layers.0.self_attn.o_proj": heads([1]),
-    "model.layers.0.mlp.down_proj": LLAMA_GONE["model.layers.0.mlp.ffn"],
-    "model.layers.1.self_attn.o_proj": [kv * RATIO * DIM + i for kv in range(KV) for i in range(DIM)],
-    "model.layers.1.mlp.down_proj": LLAMA_GONE["model.layers.1.mlp.ffn"],
-}
-GPT2_GONE = {
-    **{f"transformer.h.{i}.attn.kv_heads": [i, 4] for i in (0, 1)},
-    **{f"transformer.h.{i}.mlp.ffn": list(range(i, 192, 3)) for i in (0, 1)},
-}
-GPT2_FEATURES = {
-    name: gone
-    for i in (0, 1)
-    for name, gone in (
-        (f"transformer.h.{i}.attn.c_proj", [h * DIM + d for h in (i, 4) for d in range(DIM)]),
-        (f"transformer.h.{i}.mlp.c_proj", list(range(i, 192, 3))),
-    )
-}
-
-
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("ridge", [RIDGE, 0.5])
 def test_maps_are_solved_one_after_the_other(ridge: float, biased: bool) -> None:
@@ -306,10 +204,6 @@ def test_a_dropped_block_behind_a_compensated_map() -> None:
     assert plan.drop == (path,)
     assert all(after <= before for before, after in result.maps.values())
     assert {"model.decoder.project_in.weight", "model.decoder.layers.1.fc2.weight"} <= set(result.maps)
-
-
-def mean_of(model: nn.Module, path: str) -> Tensor:
-    return read_by(model, path, batches()).mean(0)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -462,120 +356,6 @@ def test_errors() -> None:
             "what 'leave.weight' reads is NaN or infinite on the calibration text: nothing was pruned"
         )
     assert bool(torch.isfinite(small.get_parameter("leave.weight")).all())
-
-
-OPTIONS: dict[str, Any] = {"criterion": "l2", "ranking": "local", "kinds": ("kv_heads", "ffn"), "compensation": "bias"}
-
-
-@pytest.fixture
-def calibration() -> list[dict[str, Tensor]]:
-    return [{"input_ids": tokens(8, 16, seed=4)}]
-
-
-def test_added_biases_in_the_stock_class(tmp_path: Path, calibration: Any) -> None:
-    """Llama's switches bring biases to its other projections too: they are zero."""
-    model: Any = build("llama")
-    result = fxprune.prune(model, units=0.25, widths="uniform", calibration=calibration, **{**OPTIONS, "kinds": ("ffn",)})
-    assert result.form == "uniform"
-    added = [f"model.layers.{i}.mlp.down_proj.bias" for i in (0, 1)]
-    assert result.report.compensation == {"method": "bias", "maps": {}, "added": added, "tokens": 128}
-    result.save_pretrained(tmp_path / "out")
-    stock = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert type(stock) is LlamaForCausalLM
-    assert (stock.config.mlp_bias, stock.config.attention_bias) == (True, False)
-    ids = {"input_ids": tokens(2, 9, seed=7)}
-    torch.testing.assert_close(logits(stock, ids), logits(result.graph_module, ids), rtol=1e-4, atol=1e-4)
-    for i in (0, 1):
-        assert not bool(stock.model.layers[i].mlp.gate_proj.bias.any())
-        assert torch.equal(stock.model.layers[i].mlp.down_proj.bias, result.graph_module.get_parameter(added[i]))
-        assert bool(stock.model.layers[i].mlp.down_proj.bias.any())
-    assert not model.config.mlp_bias
-    both = fxprune.prune(model, units={"kv_heads": 0.5, "ffn": 0.25}, widths="uniform", calibration=calibration, **{
-        k: v for k, v in OPTIONS.items() if k != "kinds"
-    })  # fmt: skip
-    assert both.form == "uniform"
-    config: Any = both.dense_config if both.model is None else both.model.config
-    assert (config.mlp_bias, config.attention_bias) == (True, True)
-    both.save_pretrained(tmp_path / "both")
-    torch.testing.assert_close(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "both"), ids), logits(both.graph_module, ids), rtol=1e-4, atol=1e-4
-    )
-
-
-def per_layer(calibration: Any, **changes: Any) -> fxprune.PruneResult:
-    options = {**OPTIONS, "ratio": 0.2, "widths": "per-layer", "ranking": "global", **changes}
-    return fxprune.prune(build("llama"), calibration=calibration, **options)
-
-
-def test_added_biases_in_the_per_layer_form(tmp_path: Path, calibration: Any) -> None:
-    result = per_layer(calibration)
-    assert result.form == "per-layer"
-    assert result.report.compensation is not None
-    added = result.report.compensation["added"]
-    assert set(result.surgery["added"]) == set(added) != set()
-    result.save_pretrained(tmp_path / "out")
-    ids = {"input_ids": tokens(2, 9, seed=7)}
-    for loaded in (
-        fxprune.load(tmp_path / "out"),
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval(),
-    ):
-        torch.testing.assert_close(logits(loaded, ids), logits(result.graph_module, ids), rtol=1e-4, atol=1e-4)
-        for name in added:
-            assert torch.equal(loaded.get_parameter(name), result.graph_module.get_parameter(name))
-
-
-@pytest.mark.parametrize("kinds", [("ffn",), ("hidden",), ("layers",)])
-def test_a_model_with_added_biases_is_pruned_again(tmp_path: Path, calibration: Any, kinds: tuple[str, ...]) -> None:
-    per_layer(calibration).save_pretrained(tmp_path / "one")
-    once = fxprune.load(tmp_path / "one")
-    ratio = 0.4 if kinds == ("layers",) else 0.1  # one of two
-    again = fxprune.prune(once, ratio=ratio, calibration=calibration, **{**OPTIONS, "kinds": kinds, "widths": "per-layer"})
-    assert (again.plan.drop != ()) == (kinds == ("layers",))
-    assert again.form == "per-layer"
-    again.save_pretrained(tmp_path / "two")
-    ids = {"input_ids": tokens(2, 9, seed=7)}
-    for loaded in (
-        fxprune.load(tmp_path / "two"),
-        AutoModelForCausalLM.from_pretrained(tmp_path / "two", trust_remote_code=True).eval(),
-    ):
-        torch.testing.assert_close(logits(loaded, ids), logits(again.graph_module, ids), rtol=1e-4, atol=1e-4)
-
-
-def test_a_plain_module_with_added_biases(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 3, bias=False))
-    x = torch.randn(40, 4)
-    result = fxprune.prune(model, units=0.5, inputs={"input": x}, calibration=[{"input": x}], **{**OPTIONS, "kinds": ("ffn",)})
-    assert result.form == "module"
-    assert result.surgery["added"] == {"2.bias": [3]}
-    result.save_pretrained(tmp_path / "out")
-    assert torch.equal(fxprune.load(tmp_path / "out", model=model)(x), result.graph_module(x))
-    assert model[2].bias is None
-
-
-def replayed(result: fxprune.PruneResult, **options: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-    again = fxprune.prune(build("llama"), plan=result.plan, **options)
-    own = dict(again.graph_module.named_parameters())
-    for name, parameter in result.graph_module.named_parameters():
-        yield name, parameter, own[name]
-
-
-def test_a_replayed_plan_is_compensated_only_if_asked(calibration: Any) -> None:
-    result = per_layer(calibration, compensation="least-squares")
-    assert result.report.compensation is not None
-    maps = set(result.report.compensation["maps"])
-    assert {n for n, a, b in replayed(result) if not torch.equal(a, b)} == maps != set()
-    options = {"compensation": "least-squares", "calibration": calibration}
-    assert all(torch.equal(a, b) for _, a, b in replayed(result, **options))
-
-
-def test_compensation_brings_the_output_back(calibration: Any) -> None:
-    """What it is for, on the text that it was fitted to."""
-    dense, errors = logits(build("llama"), calibration[0]), {}
-    for method in ("none", "bias", "least-squares"):
-        result = per_layer(calibration, compensation=method)
-        errors[method] = float((logits(result.graph_module, calibration[0]) - dense).square().mean())
-        assert (result.report.compensation is None) == (method == "none")
-    assert errors["least-squares"] < errors["bias"] < errors["none"]
 
 
 def test_the_pass() -> None:

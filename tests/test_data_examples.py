@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -328,9 +329,6 @@ def test_the_same_in_every_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_the_whole_of_alpaca() -> None:
-    folder = os.environ.get("FXPRUNE_DATA")
-    if not folder or not (Path(folder) / "alpaca.jsonl.gz").is_file():
-        pytest.skip("FXPRUNE_DATA names no folder with alpaca.jsonl.gz")
-    examples = load_examples(Path(folder) / "alpaca.jsonl.gz", letters(), cutoff=256)
+def test_the_whole_of_alpaca(corpora: Callable[..., Path]) -> None:
+    examples = load_examples(corpora("alpaca.jsonl.gz") / "alpaca.jsonl.gz", letters(), cutoff=256)
     assert len(examples) == 52002 - 28

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fxprune.data import Source, parse_sources, rows, texts
+from fxprune.data.sources import json_lines, text_lines
 from fxprune.errors import UsageError
 
 
@@ -125,6 +126,17 @@ def test_rows_may_differ(tmp_path: Path) -> None:
     assert list(texts(Source(str(tmp_path / "plain.txt")))) == ["a", " b ", "c\x0bd"]
 
 
+def test_lines_as_they_are(tmp_path: Path) -> None:
+    """Empty lines are lines of a text; of JSON they are none, and count."""
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b" a \r\n\n \nb"))
+    assert list(text_lines(path)) == [" a ", "", " ", "b"]
+    (tmp_path / "empty.txt").touch()
+    assert list(text_lines(tmp_path / "empty.txt")) == []
+    (tmp_path / "a.jsonl").write_text('[1]\n\n  {"a": null}\n')
+    assert list(json_lines(tmp_path / "a.jsonl")) == [(1, [1]), (3, {"a": None})]
+
+
 def test_lines_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n{"text": bad}\n')
@@ -140,6 +152,7 @@ def test_lines_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
         ("a.csv", b"", "cannot read 'a.csv' as csv: EmptyDataError: No columns to parse from file"),
         ("a.csv.gz", b"junk", "cannot read 'a.csv.gz' as csv: "),
         ("a.parquet", b"junk", "cannot read 'a.parquet' as parquet: ArrowInvalid: Parquet file size is 4 bytes"),
+        ("a.jsonl", b'{"text": "a"\n', "cannot read 'a.jsonl' as jsonl: ValueError: line 1, column 13: Expecting ',' delimiter"),
         ("a.jsonl.gz", gzip.compress(b'"a b c"' * 100, mtime=0)[:-9], "cannot read 'a.jsonl.gz' as jsonl: EOFError: "),
         ("a.txt.gz", gzip.compress(b"a b c" * 100, mtime=0)[:10] + b"\xff" * 20, "cannot read 'a.txt.gz' as txt: error: "),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "'a.jsonl' must hold texts or rows with a column of text, not a list"),

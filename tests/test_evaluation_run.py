@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import fxprune
 from fxprune import Evaluation
-from fxprune.cli import main, named
+from fxprune.cli import named
 from fxprune.cost import costs
 from fxprune.data.overlap import Sketch
 from fxprune.errors import CheckpointError, UsageError
@@ -28,6 +28,7 @@ from fxprune.evaluation.contamination import find_overlaps, read_seen, warning
 from fxprune.evaluation.text import text_rows
 from fxprune.plan import PrunePlan
 
+from .command import call
 from .harness_rows import byte_pair_tokenizer, raw_rows, task_row, words
 from .zoo import build, tokens
 
@@ -368,15 +369,10 @@ def run(
         cast(PreTrainedModel, saved).save_pretrained(files / name)
         tokenizer.save_pretrained(files / name)
     monkeypatch.chdir(files)
-    capsys.readouterr()
 
     def command(*arguments: str) -> tuple[int, str, str]:
-        try:
-            status = main(["eval", *arguments])
-        except SystemExit as exit:
-            status = cast(int, exit.code)
-        captured = capsys.readouterr()
-        return status, captured.out, " ".join(captured.err.split())
+        ran = call(capsys, "eval", *arguments)
+        return ran.status, ran.out, ran.said
 
     return command
 

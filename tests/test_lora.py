@@ -26,7 +26,7 @@ from fxprune.passes.dependency import find_groups
 from fxprune.passes.rewrite import rewrite
 from fxprune.plan import PrunePlan
 
-from .test_exact import RUN, TRACED, KeptRMSNorm, _replace, error, prunable, some
+from .masking import RUN, TRACED, KeptRMSNorm, assert_same_logits, error, logits_of, prunable, replace_modules, rows_of, some
 from .zoo import build, tokens
 
 RANK = 5
@@ -241,25 +241,9 @@ def cut(layer: Any, *, outputs: Sequence[int] = (), inputs: Sequence[int] = (), 
     a[list(rank)] = 0
 
 
-def _rows(heads: Sequence[int], width: int = 8) -> list[int]:
-    return [h * width + i for h in heads for i in range(width)]
-
-
 def _group(groups: Groups, kind: str, layer: int, size: int) -> str:
     (name,) = (n for n, g in groups.items() if (g.kind, g.layer, g.size) == (kind, layer, size))
     return name
-
-
-def _logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens(*RUN, seed=2)).logits
-
-
-def assert_same(small: nn.Module, stock: nn.Module, dense: nn.Module) -> None:
-    """The pruned model does what the altered one does, and that is not what the dense one did."""
-    expected = _logits(stock)
-    torch.testing.assert_close(_logits(small), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    assert (_logits(dense) - expected).abs().max() > 1e-2 * expected.abs().max(), "the removed units did not matter: no test"
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biased"])
@@ -273,10 +257,10 @@ def test_llama_against_the_eager_model(name: str) -> None:
         keep[_group(groups, "kv_heads", i, 2)] = torch.tensor([h for h in (0, 1) if h not in kv])
         keep[_group(groups, "ffn", i, 64)] = torch.tensor([j for j in range(64) if j not in ffn])
         layer: Any = stock.get_submodule(f"{BASE}model.layers.{i}")
-        queries = _rows([3 * h + g for h in kv for g in range(3)])
+        queries = rows_of([3 * h + g for h in kv for g in range(3)])
         cut(layer.self_attn.q_proj, outputs=queries, inputs=hidden)
-        cut(layer.self_attn.k_proj, outputs=_rows(kv), inputs=hidden, rank=rank)
-        cut(layer.self_attn.v_proj, outputs=_rows(kv), inputs=hidden)
+        cut(layer.self_attn.k_proj, outputs=rows_of(kv), inputs=hidden, rank=rank)
+        cut(layer.self_attn.v_proj, outputs=rows_of(kv), inputs=hidden)
         cut(layer.self_attn.o_proj, outputs=hidden, inputs=queries)
         cut(layer.mlp.gate_proj, outputs=ffn, inputs=hidden)
         cut(layer.mlp.up_proj, outputs=ffn, inputs=hidden)
@@ -285,12 +269,12 @@ def test_llama_against_the_eager_model(name: str) -> None:
         keep[of_key] = torch.tensor([r for r in range(RANK) if r not in rank])
     with torch.no_grad():
         stock.get_parameter(f"{BASE}model.embed_tokens.weight")[:, hidden] = 0
-    assert _replace(stock, "LlamaRMSNorm", lambda norm: KeptRMSNorm(norm, kept_hidden)) == 5
+    assert replace_modules(stock, "LlamaRMSNorm", lambda norm: KeptRMSNorm(norm, kept_hidden)) == 5
     small = rewrite(gm, PrunePlan.from_keep(groups, keep))
     key = f"{BASE}model.layers.0.self_attn.k_proj"
     assert small.get_parameter(f"{key}.lora_A.default.weight").shape == (RANK - 2, len(kept_hidden))
     assert small.get_parameter(f"{key}.lora_B.default.weight").shape == (8, RANK - 2)
-    assert_same(small, stock, dense)
+    assert_same_logits(small, stock, dense)
 
 
 def test_gpt2_against_the_eager_model() -> None:
@@ -301,13 +285,13 @@ def test_gpt2_against_the_eager_model() -> None:
         keep[_group(groups, "kv_heads", i, 6)] = torch.tensor([h for h in range(6) if h not in heads])
         keep[_group(groups, "ffn", i, 192)] = torch.tensor([j for j in range(192) if j not in ffn])
         layer: Any = stock.get_submodule(f"{BASE}transformer.h.{i}")
-        cut(layer.attn.c_attn, outputs=[part * 48 + r for part in range(3) for r in _rows(heads)])
-        cut(layer.attn.c_proj, inputs=_rows(heads))
+        cut(layer.attn.c_attn, outputs=[part * 48 + r for part in range(3) for r in rows_of(heads)])
+        cut(layer.attn.c_proj, inputs=rows_of(heads))
         cut(layer.mlp.c_fc, outputs=ffn)
         cut(layer.mlp.c_proj, inputs=ffn)
     small = rewrite(gm, PrunePlan.from_keep(groups, keep))
     assert small.get_parameter(f"{BASE}transformer.h.0.attn.c_attn.lora_B.default.weight").shape == (3 * 4 * 8, RANK)
-    assert_same(small, stock, dense)
+    assert_same_logits(small, stock, dense)
 
 
 def test_decomposed_adapters_against_the_eager_model() -> None:
@@ -319,9 +303,9 @@ def test_decomposed_adapters_against_the_eager_model() -> None:
         keep[_group(groups, "kv_heads", i, 2)] = torch.tensor([1 - kv])
         keep[_group(groups, "ffn", i, 64)] = torch.tensor([j for j in range(64) if j not in ffn])
         layer: Any = stock.get_submodule(f"{BASE}model.layers.{i}")
-        cut(layer.self_attn.o_proj, inputs=_rows([3 * kv + g for g in range(3)]))
+        cut(layer.self_attn.o_proj, inputs=rows_of([3 * kv + g for g in range(3)]))
         cut(layer.mlp.down_proj, inputs=ffn)
-    assert_same(rewrite(gm, PrunePlan.from_keep(groups, keep)), stock, dense)
+    assert_same_logits(rewrite(gm, PrunePlan.from_keep(groups, keep)), stock, dense)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +321,7 @@ def test_prune_gives_an_adapted_model(tmp_path: Path) -> None:
     layer = result.model.get_submodule(f"{BASE}model.layers.1.self_attn.v_proj")
     assert layer.get_parameter("lora_B.default.weight").shape == (8, RANK)
     assert layer.get_parameter("base_layer.weight").shape == (8, 48)
-    torch.testing.assert_close(_logits(result.model), _logits(result.graph_module), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(result.model), logits_of(result.graph_module), rtol=1e-4, atol=1e-4)
     with pytest.raises(CheckpointError, match=r"save result\.model\.merge_and_unload\(\) instead"):
         result.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -19,8 +19,8 @@ from fxprune.passes.dependency import find_groups
 from fxprune.passes.rewrite import rewrite
 from fxprune.plan import PrunePlan
 
+from .masking import error, prunable, some
 from .multimodal import CASES, IDEFICS_TOWERS, LLAVA_TOWERS, FixedGrid, caption, grids, one_image, prefix, qwen2_vl, randomised
-from .test_exact import error, prunable, some
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import fxprune
 from fxprune.checkpoint.source import load_source
 from fxprune.errors import UsageError
 
-from .test_exact import error, prunable, sizes, some
+from .masking import error, prunable, sizes, some
 from .zoo import ZOO, build, tokens
 
 INPUTS = {"input_ids": tokens(2, 7)}

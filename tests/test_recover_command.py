@@ -12,11 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fxprune.cli import main
 from fxprune.recovery import loop
 
+from .command import Ran, Run, call
 from .recovering import logits, pruned, write_text
-from .test_cli import Ran, Run
 from .zoo import build
 
 SHORT = ["--cutoff", "24", "--length", "48", "--batch-size", "6", "--lr", "3e-3", "--max-steps", "4"]
@@ -41,13 +40,7 @@ def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         (tmp_path / path.name).symlink_to(path)
 
     def command(*arguments: str) -> Ran:
-        capsys.readouterr()
-        try:
-            status = main(["recover", *arguments])
-        except SystemExit as exit:
-            status = cast(int, exit.code)
-        captured = capsys.readouterr()
-        return Ran(status, captured.out, captured.err)
+        return call(capsys, "recover", *arguments)
 
     yield command
     logging.getLogger("fxprune").setLevel(logging.NOTSET)

@@ -16,7 +16,8 @@ import torch
 
 from fxprune.recovery.world import World
 
-from .recovering import ROOT, SLOWLY, SMALL, losses, pruned, trained, write_text
+from .command import ROOT
+from .recovering import SLOWLY, SMALL, losses, pruned, trained, write_text
 
 SETTINGS = {**SMALL, "batch_size": 5, "micro_batch_size": 2}
 """An odd batch: the processes get different numbers of rows."""

@@ -24,14 +24,10 @@ from fxprune.errors import CheckpointError, UsageError
 from fxprune.recovery import loop
 from fxprune.recovery.state import Position, StateDirectory
 
-from .recovering import ROOT, SLOWLY, SMALL, losses, pruned, trained, uneven, weights, write_text
+from .command import ROOT
+from .recovering import SLOWLY, SMALL, losses, pruned, trained, uneven, weights, write_text
 
 WRITER = "fxprune.recovery.state.save_file"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 def position(step: int) -> Position:

@@ -10,8 +10,7 @@ from typing import Any
 import fxprune
 from fxprune.evaluation.contamination import find_overlaps, read_seen
 
-from .test_cli import tokenizer
-from .zoo import build
+from .zoo import build, tokenizer
 
 
 def lines(seed: int, count: int = 40) -> list[str]:

@@ -5,34 +5,23 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fxprune.capture import trace
 from fxprune.groups import Groups
 from fxprune.passes.dependency import find_groups
 from fxprune.table import GroupSummary, _nameless, _ranges, group_rows, group_summary, group_table
 
+from .zoo import build, tokens
+
 
 @pytest.fixture(scope="module")
 def llama() -> Groups:
-    config = LlamaConfig(
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=101,
-        tie_word_embeddings=True,
-    )
-    model: Any = AutoModelForCausalLM.from_config(config)
-    return find_groups(trace(model, {"input_ids": torch.randint(0, 101, (2, 7))}))
+    return find_groups(trace(build("llama", num_hidden_layers=3, vocab_size=101), {"input_ids": tokens(2, 7)}))
 
 
 class Layer(nn.Module):

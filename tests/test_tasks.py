@@ -5,9 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ from fxprune.evaluation.tasks import METRICS, read_rows
 
 from .harness_rows import byte_pair_tokenizer, raw_rows, task_row
 from .zoo import build
+from .zoo import tokenizer as words
 
 Row = Mapping[str, Any]
 
@@ -323,9 +323,7 @@ def test_a_damaged_model(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_an_answer_without_tokens(model: nn.Module, tmp_path: Path) -> None:
-    from .test_cli import tokenizer
-
-    blind = tokenizer()  # words and no spaces: nothing follows the context's tokens
+    blind = words()  # words and no spaces: nothing follows the context's tokens
     write(tmp_path, "piqa", [{"context": "w1", "choices": [" ", "w2"], "label": 0}])
     with pytest.raises(UsageError, match="the tokenizer reads the answer '  ' as no tokens at all"):
         score_tasks(model, blind, ["piqa"], data=tmp_path)
@@ -355,14 +353,12 @@ def raw_of(task: str, row: Row) -> Row:
 
 
 @pytest.mark.data
-def test_real_rows(model: nn.Module, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_rows(model: nn.Module, tokenizer: Any, corpora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The first rows of the files against the computation by hand, and against lm-eval's definitions over the rows' raw fields."""
-    directory = os.environ.get("FXPRUNE_DATA")
-    if not directory:
-        pytest.skip("FXPRUNE_DATA names no directory with task files")
+    directory = corpora(*(f"{task}.jsonl.gz" for task in TASKS))
     rows = {}
     for task in TASKS:
-        with gzip.open(Path(directory) / f"{task}.jsonl.gz", "rt", encoding="utf-8") as file:
+        with gzip.open(directory / f"{task}.jsonl.gz", "rt", encoding="utf-8") as file:
             rows[task] = [json.loads(next(file)) for _ in range(5)]
     ours = score_tasks(model, tokenizer, data=directory, limit=5)
     for score in ours.tasks:

@@ -1,4 +1,4 @@
-"""Tiny random models of many families: the smallest configuration at which nothing has the same size by chance.
+"""Tiny random models of many families, and a tokenizer: the smallest configuration at which no sizes are equal by chance.
 
 Sizes are chosen so that heads, groups, head width, hidden size and FFN width all differ, and every weight is random, norms and
 biases included: a mistake cannot hide behind ones and zeros.
@@ -7,10 +7,13 @@ biases included: a mistake cannot hide behind ones and zeros.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VOCABULARY = 97
 BASE = {
@@ -125,3 +128,14 @@ def build(name: str, *, tied: bool = True, attention: str | None = None, **chang
 def tokens(*shape: int, seed: int = 0) -> Tensor:
     """Token ids of the given shape; none is a special token."""
     return torch.randint(5, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One word a token: ``w0`` is 3; an unknown word is 0, ``<s>`` 1 and ``</s>`` 2, and neither is added to a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(VOCABULARY - 3))]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")

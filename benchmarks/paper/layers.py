@@ -16,7 +16,7 @@ import fxprune
 from benchmarks.paper.bench import Bench
 from benchmarks.paper.common import Book, Row, parser, pick, plot, run, show
 from fxprune.errors import UsageError
-from fxprune.passes.sensitivity import measurable
+from fxprune.passes.masking import measurable
 
 KINDS = ("kv_heads", "query_groups", "ffn")
 

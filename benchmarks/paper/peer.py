@@ -24,8 +24,7 @@ from benchmarks.coverage import TOLERANCE
 from benchmarks.coverage_torch_pruning import Mask, attentions
 from benchmarks.paper.common import Row
 from fxprune.errors import PlanError
-from fxprune.evaluation.perplexity import logits_of
-from fxprune.passes.importance import causal_loss
+from fxprune.passes.batches import causal_loss, logits_of
 from fxprune.passes.verify import relative_error
 
 STEPS = 16
@@ -52,7 +51,8 @@ def prune(model: Any, ratio: float, batches: Sequence[Mapping[str, Tensor]], dir
     channels, heads, note = _ratios(tp, pruned, ratio * total / layers)
     found = time.perf_counter()
     for batch in batches:
-        causal_loss(pruned(**batch), batch).backward()
+        moved = {name: tensor.to(pruned.device) for name, tensor in batch.items()}
+        causal_loss(pruned(**moved), moved).backward()
     scored = time.perf_counter()
     _cut(tp, pruned, channels, heads)
     for parameter in pruned.parameters():

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import spaces
-from ..capture import quiet
 from ..errors import CheckpointError
 from ..groups import Groups
+from ..mode import quiet
 from ..passes.rewrite import slice_tensor
 from ..passes.verify import relative_error
 from ..plan import PrunePlan

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..capture import quiet
 from ..errors import CheckpointError, UsageError
+from ..mode import quiet
 from . import surgery
 from .eager import call, judge
 

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from ..api import example_inputs
-from ..capture import quiet, trace
+from ..capture import trace
 from ..checkpoint.eager import dropped_entries, renamed
 from ..checkpoint.save import PLAN_FILE, REPORT_FILE
 from ..checkpoint.source import load_source
 from ..errors import UsageError, VerificationError
+from ..mode import quiet
 from ..passes.rewrite import rewrite
 from ..passes.verify import verify
 from ..plan import PrunePlan

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import random
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..passes.batches import Progress
 from .sources import Source, Sources, parse_sources, rows
 from .templates import Example, render
 
@@ -114,7 +115,7 @@ def load_examples(
     completion_only: bool = False,
     seed: int = 0,
     skip_empty: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Examples:
     """Examples from one source or a mixture.
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from ..mode import evaluating
+from ..passes.batches import logits_of
 
 _LENGTHS = (16, 8)  # tokens of what comes first in the trial row, and of what must not see it
 _SEEN = 0.05
@@ -16,9 +19,9 @@ below (experts batch their tokens, so that it is not 0), and another 16 tokens o
 def packs_apart(model: nn.Module, *, vocabulary: int, **options: Any) -> bool:
     """Whether examples in one row are computed as if each were alone, given ``position_ids`` that begin at 0 at each.
 
-    With transformers 5.23: Llama, Qwen, Gemma, Phi, Mistral, Mixtral, GPT-2, GPT-J, GPT-NeoX, Cohere and StableLM do, if they are
-    called with ``use_cache=False``; OPT, Falcon, BLOOM, MPT and gpt-oss do not. A traced graph does if it was traced with
-    ``position_ids``.
+    A transformers model does if it makes its causal mask from ``position_ids``, and is called with ``use_cache=False``; one that
+    counts positions from the attention mask, or knows distances only (ALiBi), does not. A traced graph does if it was traced from
+    such a model with ``position_ids``.
 
     Args:
         model: Called with ``input_ids`` and ``position_ids``, int64 ``[1, 24]``, and ``options``; gives ``logits``, or a tuple that
@@ -33,23 +36,13 @@ def packs_apart(model: nn.Module, *, vocabulary: int, **options: Any) -> bool:
     generator = torch.Generator().manual_seed(0)
     first, other, second = (torch.randint(0, vocabulary, (n,), generator=generator) for n in (_LENGTHS[0], *_LENGTHS))
     positions = torch.cat([torch.arange(n) for n in _LENGTHS])[None].to(device)
-    training = [m for m in model.modules() if m.training]
-    for module in training:  # not eval(): a traced graph refuses it
-        module.training = False
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             one, two = (
-                _logits(model(input_ids=torch.cat([before, second])[None].to(device), position_ids=positions, **options))
+                logits_of(model(input_ids=torch.cat([before, second])[None].to(device), position_ids=positions, **options))
                 for before in (first, other)
             )
     except (TypeError, ValueError):  # what modules and traced graphs raise for an argument that they do not know
         return False
-    finally:
-        for module in training:
-            module.training = True
+    one, two = (logits[0, _LENGTHS[0] :].float() for logits in (one, two))
     return float((one - two).abs().max()) < _SEEN * float(one.std())
-
-
-def _logits(output: Any) -> Tensor:
-    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
-    return logits[0, _LENGTHS[0] :].float()

@@ -9,10 +9,12 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias, cast
 
 from ..errors import UsageError, nearest
 
@@ -156,55 +158,88 @@ def rows(source: Source) -> Iterator[Mapping[str, Any]]:
         return _dataset(source)
     if kind not in FILE_KINDS:
         raise UsageError(f"'{path.name}' is none of {', '.join(FILE_KINDS)} (.gz allowed)")
-    return _guarded(_table(path, kind) if kind in (".csv", ".parquet") else _lines(path, kind), path, kind)
+    return _mappings(_READERS[kind](path), path)
 
 
-def _guarded(items: Iterator[Any], path: Path, kind: str) -> Iterator[Mapping[str, Any]]:
-    """The rows of a file; whatever a library raises on a damaged one becomes a word for the user."""
-    try:
-        for item in items:
-            if isinstance(item, str):
-                yield {"text": item}
-            elif isinstance(item, Mapping):
-                yield item
-            else:
-                raise UsageError(f"'{path.name}' must hold texts or rows with a column of text, not a {type(item).__name__}")
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"cannot read '{path.name}' as {kind[1:]}: {reason(error)}") from error
+def _mappings(items: Iterable[Any], path: Path) -> Iterator[Mapping[str, Any]]:
+    for item in items:
+        if isinstance(item, str):
+            yield {"text": item}
+        elif isinstance(item, Mapping):
+            yield item
+        else:
+            raise UsageError(f"'{path.name}' must hold texts or rows with a column of text, not a {type(item).__name__}")
 
 
-def _lines(path: Path, kind: str) -> Iterator[Any]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        if kind == ".json":
-            items = json.loads(file.read())
-            if not isinstance(items, list):
-                raise UsageError(
-                    f"'{path.name}' must hold a list of texts or of rows with a column of text, not a {type(items).__name__}"
-                )
-            yield from items
-            return
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file (``.gz`` too), empty ones as well, without their ends.
+
+    Raises:
+        UsageError: The file cannot be read.
+    """
+    with _reading(path, ".txt") as file:
+        for line in file:
+            yield line.removesuffix("\n")
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a file with one JSON value a line (``.gz`` too), each with its line's number from 1 on; blank lines are none.
+
+    Raises:
+        UsageError: The file cannot be read, or a line is no JSON.
+    """
+    with _reading(path, ".jsonl") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            if kind == ".txt":
-                yield line.removesuffix("\n")
-                continue
             try:
-                item = json.loads(line)
+                value = json.loads(line.removesuffix("\n"))
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
-            yield item
+            yield number, value
 
 
-def _table(path: Path, kind: str) -> Iterator[Mapping[str, Any]]:
+def _list(path: Path) -> Iterator[Any]:
+    with _reading(path, ".json") as file:
+        items = json.loads(file.read())
+        if not isinstance(items, list):
+            raise UsageError(
+                f"'{path.name}' must hold a list of texts or of rows with a column of text, not a {type(items).__name__}"
+            )
+        yield from items
+
+
+def _table(kind: str, path: Path) -> Iterator[Mapping[str, Any]]:
     import datasets
 
-    with tempfile.TemporaryDirectory() as cache:  # for the lock files of datasets
-        data = datasets.load_dataset(kind[1:], data_files=str(path), split="train", streaming=True, cache_dir=cache)
-        yield from data
+    with _guarded(path, kind), tempfile.TemporaryDirectory() as cache:  # for the lock files of datasets
+        yield from datasets.load_dataset(kind[1:], data_files=str(path), split="train", streaming=True, cache_dir=cache)
+
+
+_READERS: Mapping[str, Callable[[Path], Iterator[Any]]] = {
+    ".txt": lambda path: (line for line in text_lines(path) if line.strip()),
+    ".jsonl": lambda path: (value for _, value in json_lines(path)),
+    ".json": _list,
+    ".csv": partial(_table, ".csv"),
+    ".parquet": partial(_table, ".parquet"),
+}
+
+
+@contextmanager
+def _reading(path: Path, kind: str) -> Iterator[TextIO]:
+    with _guarded(path, kind), cast(TextIO, (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8")) as file:
+        yield file
+
+
+@contextmanager
+def _guarded(path: Path, kind: str) -> Iterator[None]:
+    """Whatever a library raises on a damaged file becomes a word for the user."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise UsageError(f"cannot read '{path.name}' as {kind[1:]}: {reason(error)}") from error
 
 
 def _dataset(source: Source) -> Iterator[Mapping[str, Any]]:

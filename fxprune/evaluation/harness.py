@@ -8,7 +8,7 @@ import importlib.metadata
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import FxPruneError, UsageError
-from .mode import evaluating
-from .perplexity import logits_of, longest_input
+from ..mode import evaluating
+from ..passes.batches import Progress, logits_of
+from .perplexity import longest_input
 from .tasks import AVERAGED, METRICS, Row, Scores, TaskScore
 
 VERSION = f"lm-eval {importlib.metadata.version('lm_eval')}"
@@ -37,7 +38,7 @@ def run(
     *,
     limit: int | None,
     batch_size: int,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> Scores:
     """Score the tasks; see `fxprune.evaluation.tasks.score_tasks`, which checks the arguments."""
     with _quiet(), evaluating(model):
@@ -96,9 +97,7 @@ class Scorer(HFLM):  # type: ignore[misc]
         UsageError: lm-eval cannot use the tokenizer or the model.
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, batch_size: int, progress: Callable[[str, int, int], None] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int, progress: Progress | None = None) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise UsageError(f"lm-eval needs a Hugging Face tokenizer, got {type(tokenizer).__name__}")
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
@@ -163,7 +162,7 @@ class _Shell(nn.Module):
 class _Count:
     """lm-eval tells its cache of every answer: the place to count them."""
 
-    def __init__(self, progress: Callable[[str, int, int], None], total: int) -> None:
+    def __init__(self, progress: Progress, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
 
     def add_partial(self, *_: Any) -> None:

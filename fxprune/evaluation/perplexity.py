@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FxPruneError, UsageError
-from .mode import evaluating
+from ..mode import evaluating
+from ..passes.batches import Progress, logits_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def perplexity(
     text: str = "",
     protocol: str = "",
     source: str = "",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Perplexity:
     """Perplexity of a causal LM on one stream of tokens.
 
@@ -129,12 +129,6 @@ def window_starts(
         named = f"{text}: " if text else ""
         raise UsageError(f"{named}the text has {len(ids)} tokens, fewer than one window of {length}")
     return starts
-
-
-def logits_of(output: Any) -> Tensor:
-    """Logits ``[batch, length, vocabulary]`` of what a causal LM returns, an object with them or a tuple that starts with them."""
-    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
-    return logits
 
 
 def longest_input(model: nn.Module) -> int | None:

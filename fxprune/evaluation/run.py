@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..api import versions
 from ..calibration import vocabulary_of
 from ..errors import UsageError
+from ..passes.batches import Progress
 from .contamination import find_overlaps
 from .latency import measure_latency
 from .perplexity import longest_input, perplexity, window_starts
@@ -20,8 +21,6 @@ from .result import Evaluation
 from .size import measure_cost
 from .tasks import TASKS, Row, Scores, check_numbers, check_tasks, read_tasks, score_tasks
 from .text import PROTOCOLS, text_rows, token_stream
-
-Progress = Callable[[str, int, int], None]
 
 
 def evaluate(

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..calibration import vocabulary_of
 from ..cost import Cost
 from ..errors import UsageError
-from .mode import evaluating
+from ..mode import evaluating
 
 ROWS, TOKENS = 2, 16
 

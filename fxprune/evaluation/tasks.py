@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..data.sources import json_lines
 from ..errors import UsageError, nearest
+from ..passes.batches import Progress
 
 AVERAGED = {
     "boolq": "acc",
@@ -112,12 +111,12 @@ def score_tasks(
     data: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     batch_size: int = 8,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Scores:
     """Score a causal LM on multiple-choice tasks, zero-shot, through lm-eval.
 
     Prompts and metrics are lm-eval's own. It lets the tokenizer add its special tokens; the harness that LLM-Pruner's tables were
-    made with added none, so a model whose tokenizer puts a BOS (Llama) scores otherwise here than there.
+    made with added none, so a model whose tokenizer puts a BOS scores otherwise here than there.
 
     Args:
         model: A Hugging Face model, or anything that takes ``input_ids [batch, length]`` and returns logits.
@@ -177,29 +176,13 @@ def read_rows(directory: Path, name: str, limit: int | None = None) -> tuple[lis
     if path is None:
         raise UsageError(f"there is no {name}.jsonl.gz (nor {name}.jsonl) in '{directory}'")
     rows: list[Row] = []
-    try:
-        for number, row in _objects(path):
-            rows.append(_checked(row, name, f"'{path.name}', line {number}"))
-            if len(rows) == limit:
-                break
-    except UsageError:
-        raise
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise UsageError(f"cannot read '{path.name}' as jsonl: {type(error).__name__}: {error}") from error
+    for number, row in json_lines(path):
+        rows.append(_checked(row, name, f"'{path.name}', line {number}"))
+        if len(rows) == limit:
+            break
     if not rows:
         raise UsageError(f"'{path.name}' holds no rows")
     return rows, path.name
-
-
-def _objects(path: Path) -> Iterator[tuple[int, Any]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line.strip())
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
 
 
 def _checked(row: Any, name: str, where: str) -> Row:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..calibration import encode, read_texts
+from ..data.sources import Source, text_lines
 from ..errors import UsageError, nearest
 
 PROTOCOLS = ("llm-pruner", "stream")
@@ -75,16 +74,9 @@ def text_rows(source: str | os.PathLike[str], *, name: str = "", protocol: str =
 
 def _dataset_rows(source: str | os.PathLike[str], name: str) -> list[str]:
     path = Path(source)
-    suffixes = [s for s in path.suffixes if s != ".gz"] or [".txt"]
-    if not path.is_file() or suffixes[-1] != ".txt":
+    if not path.is_file() or Source(os.fspath(source)).kind != ".txt":
         return list(read_texts(source))
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            lines = file.read().split("\n")
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise UsageError(f"cannot read '{path.name}' as txt: {type(error).__name__}: {error}") from error
-    if not lines[-1]:
-        lines.pop()  # what follows the last line end is no line
+    lines = text_lines(path)
     if any(label.lower().startswith("wikitext") for label in (name, path.name)):
         return [line + "\n" if line.strip() else "" for line in lines]
     return [line.strip() for line in lines]

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from ..data import Batches
 from ..data.examples import IGNORED
 from ..errors import FxPruneError
+from ..mode import evaluating
+from ..passes.batches import Progress, logits_of
 from .adapters import trained
-from .objective import Objective, inputs_of, logits_of, only
+from .objective import Objective, inputs_of, only
 from .settings import Recovery
 from .state import Position, StateDirectory
 from .world import World
 
 log = logging.getLogger("fxprune")
-
-Progress = Callable[[str, int, int], None]
 
 UNTIMED = 2
 """Steps of each start that do not count for tokens per second: they compile and allocate."""
@@ -193,8 +193,7 @@ class Training:
     def perplexity(self, batches: Batches) -> float:
         """The exponential of the mean negative log-likelihood of every predicted token of the batches' first epoch."""
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             for index in range(len(batches)):
                 batch = batches.batch(0, index)
                 for part in self.world.share(batch, self.plan.micro):
@@ -203,8 +202,6 @@ class Training:
                     labels = part["labels"][:, 1:].flatten()
                     lost = nn.functional.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")
                     total += torch.stack([lost.double(), (labels != IGNORED).sum().double()])
-        finally:
-            self.model.train()
         lost, count = self.world.total(total).tolist()
         mean = lost / max(count, 1)
         return math.exp(mean) if mean < 700 else math.inf

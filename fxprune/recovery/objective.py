@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ..data.examples import IGNORED
 from ..errors import UsageError
+from ..passes.batches import logits_of
 from .settings import Recovery
 
 PROBE = 4
@@ -32,12 +33,6 @@ def inputs_of(model: nn.Module) -> frozenset[str]:
 def only(names: frozenset[str], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Some of a batch's tensors."""
     return {name: tensor for name, tensor in batch.items() if name in names}
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits ``[rows, tokens, vocabulary]`` of a model's output."""
-    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
-    return logits
 
 
 class Objective:
@@ -138,30 +133,3 @@ def check_teacher(student: nn.Module, teacher: nn.Module, settings: Recovery) ->
                 f"hidden_weight needs a teacher with the same layers and hidden size: it has {layers[1]} layers of {widths[1]}, "
                 f"the model {layers[0]} of {widths[0]}; distill_weight needs neither"
             )
-
-
-@torch.no_grad()
-def keeps_apart(model: nn.Module, vocabulary: int) -> bool:
-    """True if examples packed in a row do not see each other: the second one's logits are those that it has alone.
-
-    Args:
-        model: Called with ``input_ids`` and ``position_ids`` that begin anew.
-        vocabulary: Token ids to draw from.
-    """
-    device, training = next(model.parameters()).device, model.training
-    ids = torch.randint(0, vocabulary, (1, 12), generator=torch.Generator().manual_seed(0)).to(device)
-    positions = torch.cat([torch.arange(7), torch.arange(5)]).view(1, 12).to(device)
-    packed = {"input_ids": ids, "position_ids": positions}
-    if "position_ids" not in inputs_of(model):
-        return False
-    model.eval()
-    try:
-        together = logits_of(model(**packed))[0, 7:].float()
-        alone = logits_of(model(input_ids=ids[:, 7:], position_ids=positions[:, 7:]))[0].float()
-        seen = logits_of(model(input_ids=ids))[0, 7:].float()  # as far as off as not being apart can be
-    except TypeError:  # a class that takes no positions
-        return False
-    finally:
-        model.train(training)
-    error, most = (together - alone).abs().max(), (seen - alone).abs().max()
-    return bool(error < 0.05 * most)

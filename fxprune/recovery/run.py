@@ -13,17 +13,18 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ..api import versions
-from ..capture import quiet
 from ..checkpoint.save import check_target
 from ..checkpoint.source import load_source
-from ..data import Batches, Examples, Sources
+from ..data import Batches, Examples, Sources, packs_apart
 from ..errors import UsageError
 from ..evaluation.perplexity import longest_input
+from ..mode import quiet, without_cache
+from ..passes.batches import Progress, logits_of
 from .adapters import merged, prepare, trained
-from .loop import Plan, Progress, Training
-from .material import Material, check_tokens, load_material, sources_of
+from .data import TrainingData, check_tokens, load_data, sources_of
+from .loop import Plan, Training
 from .memory import choose_sizes
-from .objective import check_teacher, keeps_apart, logits_of
+from .objective import check_teacher
 from .result import RecoveryReport, RecoveryResult
 from .settings import FREE, Recovery, settings_of
 from .state import StateDirectory
@@ -95,9 +96,9 @@ def recover(
         if output is not None and not hasattr(subject.model, "save_pretrained") and (subject.pruned is None or _graph(subject)):
             raise UsageError("a GraphModule has no checkpoint form: leave output out, and keep result.model")
         world = find_world(_home(subject.model, device))
-        material = load_material(read, held, subject.tokenizer, settings, progress=progress if world.main else None)
-        check_tokens(material.train, subject.model)
-        recovery = _Recovery(settings, subject, material, world)
+        loaded = load_data(read, held, subject.tokenizer, settings, progress=progress if world.main else None)
+        check_tokens(loaded.train, subject.model)
+        recovery = _Recovery(settings, subject, loaded, world)
         recovery.name = recipe if isinstance(recipe, str) else "own"
         stack.enter_context(torch.random.fork_rng(devices=[world.device.index] if world.device.type == "cuda" else []))
         dense = recovery.teacher(teacher, stack)
@@ -129,7 +130,7 @@ class _Recovery:
 
     settings: Recovery
     subject: Subject
-    material: Material
+    data: TrainingData
     world: World
     name: str = ""
 
@@ -151,7 +152,7 @@ class _Recovery:
             return False
         rows = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
         with quiet(model):
-            apart = keeps_apart(model, rows)
+            apart = packs_apart(model, vocabulary=rows)
         if apart:
             return True
         why = "a graph takes the inputs it was traced with" if _graph(self.subject) else "its attention reads no position_ids"
@@ -171,21 +172,20 @@ class _Recovery:
         else:
             model, _ = load_source(given, dtype=next(self.subject.model.parameters()).dtype)
         model = model.to(self.world.device)
-        if not isinstance(model, GraphModule):  # which is as it was traced: in evaluation mode, without a cache
-            stack.enter_context(quiet(model))
+        stack.enter_context(quiet(model))
         with quiet(self.subject.model):
             check_teacher(self.subject.model, model, self.settings)
         return model
 
     def identity(self, teacher: nn.Module | None) -> dict[str, Any]:
         """What a training state belongs to."""
-        held = self.material.held
+        held = self.data.held
         settings = {k: v for k, v in self.settings.to_json().items() if k not in FREE}
         return {
             **settings,
             "the model": fingerprint(self.subject.model),
             "its plan": plan_name(self.subject.plan),
-            "the data": self.material.train.fingerprint[:16],
+            "the data": self.data.train.fingerprint[:16],
             "the validation data": "none" if held is None else held.fingerprint[:16],
             "the teacher": "none" if teacher is None else fingerprint(teacher),
             "bf16": self.bf16,
@@ -196,16 +196,10 @@ class _Recovery:
         """Run the loop."""
         settings, world = self.settings, self.world
         batches, held = (
-            self._batches(self.material.train),
-            None if self.material.held is None else self._batches(self.material.held),
+            self._batches(self.data.train),
+            None if self.data.held is None else self._batches(self.data.held),
         )
         student = prepare(self.subject.model, settings, wide=not self.bf16)
-        for module in student.modules():
-            config: Any = getattr(module, "config", None)
-            parts: tuple[Any, ...] = (config, getattr(config, "text_config", None))
-            for part in parts:
-                if getattr(part, "use_cache", None) is True:
-                    part.use_cache = False
         if not world.sharded:
             student = student.to(world.device)
         sizes = choose_sizes(
@@ -220,9 +214,10 @@ class _Recovery:
         self.plan, self.sizes = plan, sizes
         self.trained = sum(p.numel() for p in trained(student).values())
         wrapped = world.wrap(student)
-        self._try(student)
         training = Training(student, wrapped, teacher, batches, held, plan, world, state, progress)
-        training.run()
+        with without_cache(student):
+            self._try(student)
+            training.run()
         return training
 
     def _try(self, student: nn.Module) -> None:
@@ -252,7 +247,7 @@ class _Recovery:
         if settings.max_steps is not None:
             limits.append(settings.max_steps)
         if settings.max_tokens is not None:
-            limits.append(round(settings.max_tokens * epoch / self.material.train.tokens))
+            limits.append(round(settings.max_tokens * epoch / self.data.train.tokens))
         return max(1, min(limits))
 
     def result(self, training: Training, teacher: nn.Module | None) -> RecoveryResult:
@@ -284,7 +279,7 @@ class _Recovery:
             seconds=round(position.seconds, 3),
             trained_parameters=self.trained,
             parameters=sum(p.numel() for p in model.parameters()),
-            data=self.material.account,
+            data=self.data.account,
             teacher=None if teacher is None else _named(teacher),
             choices=choices,
             notes=self.notes,

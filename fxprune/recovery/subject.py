@@ -88,7 +88,7 @@ def _trainable(model: nn.Module) -> None:
         raise UsageError(f"this {kind} has adapters already: merge them first (model.merge_and_unload() in peft)")
     try:
         model.train(model.training)
-    except NotImplementedError as error:  # torch.export's own modules
+    except NotImplementedError as error:  # modules of torch.export refuse train() and eval(): their graph is of one mode
         raise UsageError(
             f"a traced {kind} cannot be trained: recover what fxprune.rewrite makes of it, or the eager model"
         ) from error

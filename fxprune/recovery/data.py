@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,14 +12,13 @@ from ..data import Examples, Sketch, Source, Sources, check_overlap, documents, 
 from ..data.examples import SHUFFLED_TOKENS
 from ..data.overlap import COMPARED
 from ..errors import UsageError
+from ..passes.batches import Progress
 from .settings import Recovery
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Material:
-    """Text of a recovery.
+class TrainingData:
+    """Examples of a recovery.
 
     Attributes:
         train: To train on.
@@ -33,14 +31,14 @@ class Material:
     account: dict[str, Any]
 
 
-def load_material(
+def load_data(
     data: tuple[Source, ...] | Examples,
     validation: tuple[Source, ...] | Examples | None,
     tokenizer: Any,
     settings: Recovery,
     *,
     progress: Progress | None = None,
-) -> Material:
+) -> TrainingData:
     """Read the data, and hold examples out of it unless there is other text to measure on.
 
     Args:
@@ -77,7 +75,7 @@ def load_material(
         of = ", ".join(held.names)
     account: dict[str, Any] = {"training": _described(train), "sketches": {n: s.to_json() for n, s in sketches.items()}}
     account["validation"] = None if held is None else {**_described(held), "sources": of}
-    return Material(train, held, account)
+    return TrainingData(train, held, account)
 
 
 def _described(examples: Examples) -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""The command in this process: what it is given, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from fxprune.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PLAIN = ("--recipe", "magnitude", "--criterion", "l1")
+"""Equal widths by magnitude, nothing measured and nothing made up for."""
+
+
+@dataclass
+class Ran:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> str:
+        """Standard error on one line: rich breaks long ones."""
+        return " ".join(self.err.split())
+
+
+Run = Callable[..., Ran]
+"""The command, with its arguments."""
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> Ran:
+    """Run the command; what was printed before does not count."""
+    capsys.readouterr()
+    try:
+        status = main(list(arguments))
+    except SystemExit as exit:
+        status = cast(int, exit.code)
+    captured = capsys.readouterr()
+    return Ran(status, captured.out, captured.err)

@@ -1,0 +1,216 @@
+"""The commands prune, verify, eval and groups: what each prints where, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fxprune
+
+from .command import PLAIN, ROOT, Run
+from .zoo import VOCABULARY
+
+
+def test_prune_prints_the_directory_and_tells_the_rest_on_stderr(run: Run, place: Path) -> None:
+    ran = run(
+        *("prune", "dense", "-o", "out", "--ratio", "0.2", "--calibration", "text.txt", "--samples", "6", "--length", "16"),
+        *("--batch-size", "4", "--criterion", "taylor2", "--multiple", "4", "--seed", "3", "--recipe", "uniform"),
+        *("--levels", "2", "--sensitivity-samples", "2", "--rounds", "2", "--compensation", "least-squares"),
+    )
+    assert (ran.status, ran.out) == (0, "out\n")
+    report = json.loads((place / "out" / "fxprune_report.json").read_text())
+    assert f"parameters {report['parameters_before']:,} -> {report['parameters_after']:,}" in ran.said
+    assert "verified relative error" in ran.said
+    assert "against the masked dense" in ran.said
+    assert "form: uniform" in ran.said
+    recipe = report["recipe"]
+    assert (recipe["ranking"], recipe["levels"], recipe["sensitivity_samples"], recipe["rounds"]) == ("measured", 2, 2, 2)
+    assert (recipe["compensation"], report["compensation"]["method"]) == ("least-squares", "least-squares")
+    assert (recipe["criterion"], recipe["samples"], recipe["length"], recipe["seed"], recipe["multiple"]) == (
+        "taylor2",
+        6,
+        16,
+        3,
+        4,
+    )
+    assert recipe["calibration"] == "6 x 16 tokens of text.txt, seed 3"
+    assert report["verify"]["ok"]
+    model = fxprune.load(place / "out")
+    assert sum(p.numel() for p in model.parameters()) == report["parameters_after"]
+    shutil.rmtree(place / "out")
+
+
+def test_prune_in_a_process_of_its_own(place: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fxprune.cli", "prune", str(place / "dense"), "--criterion", "l1", "--dtype", "bfloat16"]
+    command += ["-o", str(tmp_path / "out"), "--units", "ffn=0.5,kv_heads=0.5", "-v", "--no-verify"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n"), done.stderr
+    assert "trace: " in done.stderr  # -v says what is done
+    assert "verified" not in done.stderr
+    report = json.loads((tmp_path / "out" / "fxprune_report.json").read_text())
+    assert report["verify"] is None
+    assert report["bytes_after"] == 2 * report["parameters_after"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    bad = subprocess.run([*command[:4], "-o"], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.endswith("error: argument -o/--output: expected one argument\n")
+
+
+def test_a_plan_is_replayed(run: Run, place: Path, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    ran = run("prune", "dense", "-o", str(out), "--plan", "checkpoint/fxprune_plan.json")
+    assert ran.status == 0
+    one, other = load_file(checkpoint / "model.safetensors"), load_file(out / "model.safetensors")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(t, other[n]) for n, t in one.items())
+    was = (out / "fxprune_report.json").stat().st_ino
+    ran = run("prune", "dense", "-o", str(out), "--overwrite", "--plan", str(out / "fxprune_plan.json"))  # the plan it replaces
+    assert ran.status == 0
+    assert (out / "fxprune_report.json").stat().st_ino != was
+    ran = run("prune", "other", "-o", str(tmp_path / "third"), "--plan", "checkpoint/fxprune_plan.json")
+    assert ran.status == 1
+    assert "the plan was made for another model (fingerprint " in ran.said
+    assert os.listdir(tmp_path) == ["again"]
+
+
+@pytest.mark.parametrize(
+    ("options", "drop"),
+    [(("--ratio", "0.25", *PLAIN), []), (("--units", "0.5", "--kinds", "layers"), ["model.layers.1"]), (("--plan", "PLAN"), [])],
+)
+def test_a_dry_run_tells_the_effect_and_writes_nothing(
+    options: tuple[str, ...], drop: list[str], run: Run, checkpoint: Path
+) -> None:
+    """That nothing is written, the fixture checks."""
+    given = [str(checkpoint / "fxprune_plan.json") if o == "PLAN" else o for o in options]
+    ran = run("prune", "dense", "--dry-run", *given)
+    assert ran.status == 0
+    told = json.loads(ran.out)
+    before, after = told["before"], told["after"]
+    assert told["drop"] == drop
+    report = json.loads((checkpoint / "fxprune_report.json").read_text())
+    assert before["parameters"] == report["parameters_before"]
+    assert before["bytes"] == 4 * before["parameters"]
+    assert before["macs"] == before["parameters"] - VOCABULARY * 48 - 5 * 48  # all but the embedding and the norms
+    if not drop:
+        assert after["parameters"] == report["parameters_after"]
+        assert after["macs"] == after["parameters"] - VOCABULARY * 48 - 5 * 48
+        assert told["keep"] == {n: width for n, (_, width) in report["widths"].items()}
+    for key in ("parameters", "bytes", "macs"):
+        assert f"{before[key]:,}" in ran.said
+        assert f"{after[key]:,}" in ran.said
+    assert f"{after['parameters'] / before['parameters'] - 1:+.1%}" in ran.said
+
+
+def test_a_dry_run_needs_no_tokenizer_and_no_gradient(run: Run) -> None:
+    ran = run("prune", "other", "--dry-run", "--ratio", "0.2", "--criterion", "taylor_mixed")
+    assert ran.status == 0
+    assert json.loads(ran.out)["after"]["parameters"] < json.loads(ran.out)["before"]["parameters"]
+
+
+def test_verify_accepts_a_checkpoint(run: Run, checkpoint: Path) -> None:
+    ran = run("verify", "checkpoint", "--dense", "dense")
+    assert ran.status == 0
+    told = json.loads(ran.out)
+    assert told["ok"]
+    assert told["max_rel_error"] <= told["tolerance"] == 1e-4
+    ran = run("verify", "checkpoint", "--dense", "other")
+    assert ran.status == 1
+    assert "the plan was made for another model (fingerprint " in ran.said
+
+
+def tampered(checkpoint: Path, to: Path, how: str) -> Path:
+    shutil.copytree(checkpoint, to)
+    file = to / "model.safetensors"
+    if how == "one weight":
+        tensors = load_file(file)
+        tensors["model.layers.1.mlp.down_proj.weight"][0, 0] += 3
+        save_file(tensors, file, metadata={"format": "pt"})
+    elif how == "another shape":
+        tensors = load_file(file)
+        tensors["model.layers.1.mlp.down_proj.weight"] = torch.ones(3, 3)
+        save_file(tensors, file, metadata={"format": "pt"})
+    elif how == "half":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif how == "plan":
+        plan = json.loads((to / "fxprune_plan.json").read_text())
+        name = next(iter(plan["groups"]))
+        size, units = plan["groups"][name]["size"], plan["groups"][name]["keep"]
+        plan["groups"][name]["keep"] = sorted({*units[1:], next(u for u in range(size) if u not in units)})
+        (to / "fxprune_plan.json").write_text(json.dumps(plan))
+    else:
+        (to / "fxprune_plan.json").write_text("{")
+    return to
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("one weight", "' differs from the masked dense model: relative error "),
+        ("another shape", "cannot load a causal language model from '"),
+        ("half", "incomplete metadata, file not fully covered"),
+        ("plan", "' differs from the masked dense model: relative error "),
+        ("no plan", "' is not JSON: "),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # what transformers says of a damaged file
+def test_verify_finds_tampering(how: str, said: str, run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    ran = run("verify", str(tampered(checkpoint, tmp_path / "bad", how)), "--dense", "dense")
+    assert ran.status == 1
+    assert said in ran.said
+
+
+def test_verify_reads_the_per_layer_form(run: Run, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    options = (*PLAIN, "--ratio", "0.25", "--ranking", "global", "--widths", "per-layer")
+    ran = run("prune", "dense", "-o", out, *options)
+    assert ran.status == 0
+    assert "form: per-layer" in ran.said
+    assert "no stock configuration expresses the plan: widths differ between layers" in ran.said
+    assert run("verify", out, "--dense", "dense").status == 0
+    measured = run("eval", out, "--text", "text.txt", "--length", "16")
+    assert measured.out.startswith("perplexity ")
+
+
+def test_eval_states_its_protocol(run: Run) -> None:
+    options = ("--text", "text.txt", "--length", "16", "--stride", "8", "--max-windows", "5", "--batch-size", "2")
+    ran = run("eval", "dense", *options)
+    assert ran.status == 0
+    assert ran.out.rstrip().endswith("on text.txt: 47 tokens, 5 windows of 16, stride 8")  # 15 + 4 * 8
+    ran = run("eval", "dense", *options, "--json", "--latency")
+    told = json.loads(ran.out)
+    assert told["perplexity"]["tokens"] == 47
+    assert (told["perplexity"]["text"], told["perplexity"]["stride"]) == ("text.txt", 8)
+    assert told["latency"]["prompt"] == 64 - 16  # the model reads 64
+    assert told["latency"]["decode_ms"] > 0
+    ran = run("eval", "dense", *options, "--latency")
+    assert "ms for 48 tokens, decode " in ran.out
+
+
+def test_groups(run: Run, tmp_path: Path) -> None:
+    rows = json.loads(run("groups", "dense", "--json").out)
+    assert {"hidden", "kv_heads", "query_groups", "head_dim", "ffn"} <= {r["kind"] for r in rows}
+    table = run("groups", "dense", "--meta", "--prunable").out
+    assert "ffn" in table
+    assert "embed_tokens.other" not in table
+    assert "model.layers.1.mlp.ffn" in run("groups", "dense", "--expand").out
+    ran = run("groups", "dense", "--why", "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight")
+    assert ran.status == 0
+    assert "model.layers.0.mlp.ffn:\n" in ran.out
+    assert "rule linear" in ran.out
+    for name in ("groups.json", "groups.graphml", "groups.dot"):
+        ran = run("groups", "dense", "--export", str(tmp_path / name))
+        assert (ran.status, ran.out) == (0, "")
+        assert f"wrote {tmp_path / name}" in "".join(ran.err.split("\n"))
+        assert (tmp_path / name).stat().st_size > 1000
+    ran = run("groups", "dense", "--export", str(tmp_path / "no" / "groups.json"))
+    assert ran.status == 2
+    assert "No such file or directory" in ran.said

@@ -1,0 +1,223 @@
+"""Recovery: what is refused, what is said when training breaks off, and what fits into memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.data import load_examples
+from fxprune.errors import FxPruneError, UsageError
+from fxprune.recovery.memory import Sizes, fitting, token_bytes
+from fxprune.recovery.objective import Objective
+from fxprune.recovery.settings import Recovery
+
+from .recovering import losses, pruned, trained
+from .zoo import VOCABULARY, build, tokenizer, tokens
+
+
+def quantised() -> nn.Module:
+    model = build("llama")
+    model.config.quantization_config = {"quant_method": "gptq"}  # type: ignore[union-attr]
+    return model
+
+
+def on_meta() -> nn.Module:
+    return build("llama").to("meta")
+
+
+def adapted() -> nn.Module:
+    return get_peft_model(cast(Any, build("llama")), LoraConfig(target_modules=["q_proj"]))
+
+
+def traced() -> nn.Module:
+    return fxprune.trace(build("llama"), {"input_ids": tokens(2, 7)})
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (lambda: 3, "cannot recover a int: expected fxprune.prune's result, a checkpoint's directory or a model"),
+        (lambda: "nowhere", "there is no directory 'nowhere'"),
+        (
+            quantised,
+            "this LlamaForCausalLM is quantised (its configuration has a quantization_config of kind gptq) and cannot be trained",
+        ),
+        (on_meta, "this LlamaForCausalLM is on the meta device: it has no weights to train"),
+        (adapted, "has adapters already: merge them first (model.merge_and_unload() in peft)"),
+        (traced, "a traced GraphModule cannot be trained: recover what fxprune.rewrite makes of it, or the eager model"),
+        (nn.Identity, "this Identity has no parameters to train"),
+    ],
+    ids=["number", "nowhere", "quantised", "meta", "adapted", "traced", "empty"],
+)
+def test_targets_of_recovery_that_cannot_be(target: Callable[[], Any], said: str, text: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        trained(target(), str(text), tokenizer=tokenizer())
+    assert said in str(caught.value)
+
+
+def test_data_that_cannot_be_used(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "numbers.jsonl").write_text('{"number": 3}\n')
+    (tmp_path / "same.jsonl").write_text(json.dumps({"text": " ".join(f"w{i}" for i in range(30))}))
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": " ".join(f"w{i}" for i in range(25))}))
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"data": str(tmp_path / "empty.jsonl")}, "'empty.jsonl' is empty: it has no rows"),
+        ({"data": str(tmp_path / "numbers.jsonl")}, "'numbers.jsonl' has no column of text; it has number, wanted one of text, "),
+        ({"data": f"{text}[words]"}, "'text.jsonl' has no column 'words'; Choose from: text"),
+        ({"data": "nowhere.jsonl"}, "there is no file 'nowhere.jsonl'"),
+        (
+            {"data": str(tmp_path / "same.jsonl"), "validation": str(tmp_path / "held.jsonl")},
+            "the evaluation text 'held.jsonl' overlaps with the training text 'same.jsonl': 100.0% of its 13-word sequences",
+        ),
+        ({"cutoff": 80}, "the model reads at most 64 tokens, and cutoff is 80: lower it"),
+        ({"length": 80}, "the model reads at most 64 tokens, and length is 80: lower it"),
+    ]
+    for changes, said in cases:
+        given = {"data": str(text), **changes}
+        with pytest.raises(UsageError) as caught:
+            trained(pruned(), given.pop("data"), **given)
+        assert said in str(caught.value)
+    with pytest.raises(UsageError, match="text needs a tokenizer, and there is none beside the model: pass tokenizer="):
+        trained(build("llama"), str(text))
+    with pytest.raises(UsageError, match=r"the data has token \d+, and the model knows 50: the tokenizer belongs to another model"):
+        trained(build("llama", vocab_size=50), str(text), tokenizer=tokenizer())
+
+
+def test_examples_that_were_read_already(text: Path) -> None:
+    examples = load_examples(str(text), tokenizer(), cutoff=24)
+    assert losses(trained(pruned(), examples)) == losses(trained(pruned(), str(text)))
+    assert losses(trained(pruned(), examples, cutoff=12)) == losses(trained(pruned(), str(text)))
+    with pytest.raises(UsageError, match="there are no examples to learn from"):
+        trained(pruned(), examples.select([]))
+    with pytest.raises(UsageError, match="an example has 22 tokens, more than cutoff=12: set it to 22"):
+        trained(pruned(), str(text), cutoff=12, validation=examples)
+
+
+def test_a_graph_of_fixed_sizes(text: Path) -> None:
+    gm = fxprune.trace(build("llama"), {"input_ids": tokens(2, 7)}, dynamic_shapes={})
+    groups = fxprune.find_groups(gm)
+    small = fxprune.rewrite(gm, fxprune.PrunePlan.from_keep(groups, {}))
+    with pytest.raises(
+        UsageError, match=r"the graph does not take token ids of any size \(.*symbolic sizes, or recover the eager model"
+    ):
+        trained(small, str(text), tokenizer=tokenizer())
+
+
+def test_a_loss_that_is_not_finite(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state before the bad step stays, and the message says where."""
+    monkeypatch.setattr(Objective, "__call__", failing(Objective.__call__, 5, lambda loss: loss * math.nan))
+    with pytest.raises(FxPruneError) as caught:
+        trained(pruned(), str(text), output=tmp_path / "out", checkpoint_every=2)
+    state = f"{tmp_path / 'out'}.recovering"
+    assert str(caught.value) == (
+        "the loss is nan at step 5: training diverged; lower lr (it is 0.003) and start over with --restart (restart=True); "
+        f"the last good state, of step 4, is kept in '{state}'"
+    )
+    assert sorted(p.name for p in Path(state).iterdir()) == ["lock", "step-000000002", "step-000000004"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out.recovering"]
+    with pytest.raises(FxPruneError, match=r"the loss is nan at step 1: training diverged; lower lr \(it is 0.003\)$"):
+        trained(pruned(), str(text), packing="off")
+
+
+def test_a_gradient_that_is_not_finite(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Explodes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * math.inf
+
+    monkeypatch.setattr(Objective, "__call__", failing(Objective.__call__, 2, Explodes.apply))
+    with pytest.raises(FxPruneError, match=r"the gradient is not finite at step 2: training diverged; lower lr"):
+        trained(pruned(), str(text))
+
+
+def failing(real: Callable[..., Tensor], call: int, change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A loss that is changed from one call on."""
+    count = [0]
+
+    def loss(self: Any, batch: Any) -> Tensor:
+        count[0] += 1
+        found = real(self, batch)
+        return change(found) if count[0] >= call else found
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+        ),
+        MemoryError(),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_out_of_memory_says_what_to_lower(raised: Exception, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And then the same command with fewer rows at a time goes on, to the same end."""
+
+    def out(_: Tensor) -> Tensor:
+        raise raised
+
+    expected = trained(pruned(), str(text))
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "__call__", failing(Objective.__call__, 4, out))
+        with pytest.raises(FxPruneError) as caught:
+            trained(pruned(), str(text), output=tmp_path / "out", checkpoint_every=3)
+    assert str(caught.value) == (
+        "out of memory at step 4: lower micro_batch_size (it is 6), or set gradient_checkpointing=on, and run again (it goes on "
+        f"from step 3: the state in '{tmp_path / 'out'}.recovering' is kept); if that does not help, lower length and cutoff (they "
+        "are 48 and 24)"
+    )
+    result = trained(pruned(), str(text), output=tmp_path / "out", checkpoint_every=3, micro_batch_size=2)
+    assert losses(result) == pytest.approx(losses(expected), abs=1e-5)
+
+
+def test_another_runtime_error_stays_itself(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out(_: Tensor) -> Tensor:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(Objective, "__call__", failing(Objective.__call__, 1, out))
+    with pytest.raises(RuntimeError, match=r"^something else$"):
+        trained(pruned(), str(text))
+
+
+def test_what_fits_is_chosen() -> None:
+    model = build("llama", tied=False)
+    inside = sum(sum(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
+    each = token_bytes(model, 2, checkpointing=False)
+    assert each == int(3 * inside + 16 * VOCABULARY)
+    saved = token_bytes(model, 2, checkpointing=True)
+    assert saved == int(3 * inside / 2 + 2 * 48 * 2 + 16 * VOCABULARY) < each
+
+    def chosen(rows: float, wanted: int = 8, able: bool = True, **settings: Any) -> Sizes:
+        return fitting(model, Recovery(**settings), wanted, able, free=rows * each * 32, length=32, width=2)
+
+    assert chosen(5.5) == Sizes(5, False)
+    assert chosen(50) == Sizes(8, False)
+    assert chosen(0.9) == Sizes(1, True)
+    assert chosen(0.9, able=False) == Sizes(1, False)
+    assert chosen(0.9, gradient_checkpointing="off") == Sizes(1, False)
+    assert chosen(5.5, gradient_checkpointing="on").checkpointing
+    assert chosen(5.5, wanted=7, micro_batch_size=7) == Sizes(7, True)
+    assert chosen(8, wanted=7, micro_batch_size=7) == Sizes(7, False)
+
+
+def test_checkpointing_that_a_model_does_not_have(text: Path) -> None:
+    with pytest.raises(
+        UsageError, match="gradient_checkpointing=on: this GraphModule has no gradient checkpointing; lower micro_batch"
+    ):
+        trained(pruned().graph_module, str(text), tokenizer=tokenizer(), gradient_checkpointing="on")
