@@ -209,7 +209,8 @@ def prune(
         batch_size: Samples at a time.
         levels: For ``measured`` ranking: into how many steps each group is cut.
         sensitivity_samples: For ``measured`` ranking: how many of the samples the loss is measured on.
-        rounds: For ``measured`` ranking: how often the loss is measured; from the second time on with the other groups pruned.
+        rounds: For ``measured`` ranking: into how many equal parts the budget is cut; the loss is measured before each is spent,
+            beside what is gone by then.
         seed: For calibration sampling and random scores.
         verify_inputs: What to verify on; by default the example inputs.
         check: Verify (on by default).

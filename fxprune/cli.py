@@ -132,7 +132,7 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--batch-size", type=int, help="calibration samples at a time")
     how.add_argument("--levels", type=int, help="for measured ranking: steps into which each group is cut")
     how.add_argument("--sensitivity-samples", type=int, help="for measured ranking: samples that the loss is measured on")
-    how.add_argument("--rounds", type=int, help="for measured ranking: how often the loss is measured")
+    how.add_argument("--rounds", type=int, help="for measured ranking: parts the budget is cut into")
     how.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry-run", action="store_true", help="show the plan's effect and stop; nothing is scored or written")
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison with the masked dense model")

@@ -24,7 +24,7 @@ from ..rules.registry import bind
 from ..spaces import kept
 from .activations import collect_moments
 from .base import Pass
-from .batches import Batch, warn_of_padding
+from .batches import Batch, Progress, warn_of_padding
 from .consumers import Consumer, columns, contraction, counted_rows, features_of, find_consumers, weight_of
 from .dependency import PLAN, groups_of
 from .rewrite import DENSE
@@ -105,7 +105,7 @@ def compensate(
     *,
     method: str = "least-squares",
     ridge: float = RIDGE,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Compensation:
     """Change the weights that read pruned units, in place, so that the network's output moves back towards the dense one's.
 
@@ -178,7 +178,7 @@ def _bias(
     plan: PrunePlan,
     calibration: Sequence[Batch],
     readers: Mapping[str, _Reader],
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> Compensation:
     groups, added, gone = groups_of(gm), [], plan.removed()
     pruned = [c for c in find_consumers(gm, groups) if c.weight in readers and any(n in plan.keep for n in c.groups)]
@@ -228,7 +228,7 @@ def fit(
     calibration: Sequence[Batch],
     *,
     ridge: float = RIDGE,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[list[Fitted], int]:
     """Least-squares weights for every map that reads pruned units: the dense graph, map by map over all batches.
 

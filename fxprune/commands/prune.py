@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from os.path import samefile
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,11 @@ from ..passes.dependency import find_groups
 from ..passes.importance import score
 from ..passes.selection import Selection, select
 from ..plan import PrunePlan
-from ..planning import settle
+from ..planning import Planning, settle
 from .common import console, describe_widths, dump, load_model, progress, show_result
 
-HOW = (
-    "criterion",
-    "aggregation",
-    "compensation",
-    "layers_by",
-    "samples",
-    "length",
-    "batch_size",
-    "levels",
-    "sensitivity_samples",
-    "rounds",
-)
-WHAT = ("units", "kinds", "ranking", "widths", "protect_first", "protect_last", "protect", "multiple", "floor")
+HOW = tuple(field.name for field in fields(Planning) if field.name != "seed")
+WHAT = tuple(field.name for field in fields(Selection) if field.name != "ratio")
 
 
 def run(arguments: argparse.Namespace) -> int:
