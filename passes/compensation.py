@@ -9,7 +9,8 @@ being what they read in the network as compensated so far, so that later maps se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from .base import Pass
 from .batches import Batch, Progress, warn_of_padding
 from .consumers import Consumer, columns, contraction, counted_rows, features_of, find_consumers, weight_of
 from .dependency import PLAN, groups_of
+from .least_squares import Gram, Solution, fit_map, sum_gram
 from .rewrite import DENSE
 from .stepper import Stepper
 
@@ -38,9 +40,6 @@ COMPENSATIONS = ("none", "bias", "least-squares")
 
 COMPENSATION = "fxprune.compensation"
 
-RIDGE = 0.03
-"""What is added to each feature's own power, as a share of it: the larger, the less the calibration text is trusted."""
-
 
 @dataclass(frozen=True)
 class Compensation:
@@ -48,13 +47,16 @@ class Compensation:
 
     Attributes:
         method: One of `COMPENSATIONS`.
-        maps: For each changed weight the squared error of its output over the output's square, before and after; ``bias`` has none.
+        maps: For each changed weight the squared error of its output over the output's square, before and after, on tokens that
+            the weights compared were not fitted to; ``bias`` has none.
+        ridges: For each changed weight the ridge that was used; infinity where nothing helped, and the weights stayed.
         added: Bias parameters that the dense model does not have.
         tokens: Calibration tokens used.
     """
 
     method: str
     maps: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    ridges: Mapping[str, float] = field(default_factory=dict)
     added: tuple[str, ...] = ()
     tokens: int = 0
 
@@ -63,6 +65,7 @@ class Compensation:
         return {
             "method": self.method,
             "maps": {n: [round(a, 6), round(b, 6)] for n, (a, b) in self.maps.items()},
+            "ridges": {n: round(r, 6) if math.isfinite(r) else None for n, r in self.ridges.items()},
             "added": list(self.added),
             "tokens": self.tokens,
         }
@@ -75,7 +78,7 @@ class CompensationPass(Pass):
     module before its weights change.
     """
 
-    def __init__(self, calibration: Sequence[Batch], *, method: str = "least-squares", ridge: float = RIDGE) -> None:
+    def __init__(self, calibration: Sequence[Batch], *, method: str = "least-squares", ridge: float | None = None) -> None:
         super().__init__()
         check_compensation(method)
         self.calibration, self.method, self.ridge = calibration, method, ridge
@@ -104,7 +107,7 @@ def compensate(
     calibration: Sequence[Batch],
     *,
     method: str = "least-squares",
-    ridge: float = RIDGE,
+    ridge: float | None = None,
     progress: Progress | None = None,
 ) -> Compensation:
     """Change the weights that read pruned units, in place, so that the network's output moves back towards the dense one's.
@@ -115,7 +118,7 @@ def compensate(
         plan: The plan between them.
         calibration: Batches as for `fxprune.score`.
         method: ``least-squares`` or ``bias`` (``none`` does nothing).
-        ridge: See `RIDGE`; larger values trust the calibration text less.
+        ridge: See `fxprune.passes.least_squares`; by default each map's is chosen by tokens held back.
         progress: Called with (what, done, total).
 
     Returns:
@@ -126,7 +129,7 @@ def compensate(
         FxPruneError: Activations that are not finite.
     """
     check_compensation(method)
-    if not ridge > 0:
+    if ridge is not None and not ridge > 0:
         raise UsageError(f"ridge must be positive, got {ridge}")
     if method == "none":
         return Compensation(method)
@@ -140,9 +143,10 @@ def compensate(
     with torch.no_grad():
         for found in fitted:
             consumer = found.consumer
-            outputs = found.weight[_outputs(plan, gm, consumer)]
+            outputs = found.solution.weight[_outputs(plan, gm, consumer)]
             readers[consumer.weight].weight.copy_(columns(outputs, consumer.dim))
-    return Compensation(method, {f.consumer.weight: (f.before, f.after) for f in fitted}, tokens=tokens)
+    maps = {f.consumer.weight: (f.solution.before, f.solution.after) for f in fitted}
+    return Compensation(method, maps, {f.consumer.weight: f.solution.ridge for f in fitted}, tokens=tokens)
 
 
 @dataclass(frozen=True)
@@ -204,21 +208,10 @@ def _bias(
 
 @dataclass(frozen=True)
 class Fitted:
-    """One map with compensated weights.
-
-    Attributes:
-        consumer: The map in the dense graph.
-        weight: ``[outputs, kept]``.
-        left: The kept features.
-        before: Squared error of its output over the output's square, with the sliced weights.
-        after: The same with the compensated ones.
-    """
+    """One map in the dense graph with its compensated weights."""
 
     consumer: Consumer
-    weight: Tensor
-    left: Tensor
-    before: float
-    after: float
+    solution: Solution
 
 
 @torch.no_grad()
@@ -227,7 +220,7 @@ def fit(
     plan: PrunePlan,
     calibration: Sequence[Batch],
     *,
-    ridge: float = RIDGE,
+    ridge: float | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Fitted], int]:
     """Least-squares weights for every map that reads pruned units: the dense graph, map by map over all batches.
@@ -236,7 +229,7 @@ def fit(
         gm: The dense trace; it is not changed.
         plan: What is kept.
         calibration: Batches.
-        ridge: See `RIDGE`.
+        ridge: As for `compensate`.
         progress: Called with (what, done, total).
 
     Returns:
@@ -250,59 +243,17 @@ def fit(
     pruned = [c for c in find_consumers(gm, groups) if c.weight not in dropped and any(n in plan.keep for n in c.groups)]
     run, made, tokens = _Compensated(gm, plan, calibration), [], 0
     for number, consumer in enumerate(pruned):
-        gram, tokens = run.gram(consumer)
-        weight = weight_of(groups, consumer)
+        gram = run.gram(consumer)
+        weight, tokens = weight_of(groups, consumer), gram.tokens + gram.held_tokens
         stays = torch.ones(weight.shape[1], dtype=torch.bool)
         stays[features_of(groups, consumer, gone)] = False
-        if not bool(torch.isfinite(gram).all()):
+        if not bool(torch.isfinite(gram.total).all()):
             raise FxPruneError(f"what '{consumer.weight}' reads is NaN or infinite on the calibration text: nothing was pruned")
-        solved = solve(weight, gram, stays, ridge)
-        left = stays.nonzero().flatten()
-        before, after = (output_error(weight, gram, left, new) for new in (weight[:, left.to(weight.device)], solved))
-        made.append(Fitted(consumer, solved, left, before, after))
+        made.append(Fitted(consumer, fit_map(weight, gram, stays, ridge)))
         run.put_out(made[-1])
         if progress is not None:
             progress("compensation", number + 1, len(pruned))
     return made, tokens
-
-
-def sum_gram(rows: Iterable[Tensor]) -> tuple[Tensor, int]:
-    """(X^T X in float32, number of rows) of rows ``[tokens, features]`` that come in pieces."""
-    total, tokens = None, 0
-    for piece in rows:
-        x = piece.float()
-        total, tokens = x.mT @ x if total is None else total.addmm_(x.mT, x), tokens + len(x)
-    assert total is not None
-    return total, tokens
-
-
-def solve(weight: Tensor, gram: Tensor, stays: Tensor, ridge: float) -> Tensor:
-    """The weights of the kept features that make up for the removed ones.
-
-    Args:
-        weight: ``[outputs, features]``.
-        gram: X^T X, ``[features, features]``.
-        stays: Which features are kept, bool ``[features]``.
-        ridge: See `RIDGE`.
-
-    Returns:
-        Weights ``[outputs, kept]`` of the weight's dtype; solved in float64.
-    """
-    left, gone = (mask.nonzero().flatten().to(weight.device) for mask in (stays, ~stays))
-    inner = gram[left][:, left].double()
-    inner.diagonal().mul_(1 + ridge).add_(1e-9 * gram.diagonal().double().mean().clamp_min(1e-30))
-    lost = weight[:, gone].double() @ gram[gone][:, left].double()
-    moved = torch.cholesky_solve(lost.mT, torch.linalg.cholesky(inner)).mT
-    solved: Tensor = (weight[:, left].double() + moved).to(weight.dtype)
-    return solved
-
-
-def output_error(weight: Tensor, gram: Tensor, left: Tensor, new: Tensor) -> float:
-    """Squared error of a map's output over the output's square, with weights ``new [outputs, kept]`` for the kept features."""
-    g, w = gram.double(), weight.double()
-    power, change = float((w @ g * w).sum()), w.clone()
-    change[:, left.to(w.device)] -= new.double()
-    return max(float((change @ g * change).sum()), 0.0) / max(power, 1e-30)
 
 
 class _Compensated:
@@ -330,21 +281,21 @@ class _Compensated:
                     held[last] = state[last]
             self.place = end
 
-    def gram(self, consumer: Consumer) -> tuple[Tensor, int]:
-        """(X^T X in float32 of what a map reads, number of tokens)."""
+    def gram(self, consumer: Consumer) -> Gram:
+        """X^T X of what a map reads."""
         self._advance(self.stepper.place[consumer.node])
         return sum_gram(counted_rows(s[consumer.operand], b) for s, b in zip(self.states, self.batches, strict=True))
 
     def put_out(self, fitted: Fitted) -> None:
         """Run a map with its new weights."""
-        instead = {fitted.consumer.node: put_out(fitted.consumer, fitted.weight, fitted.left)}
+        instead = {fitted.consumer.node: put_out(fitted.consumer, fitted.solution.weight, fitted.solution.left)}
         for state in self.states:
             self.stepper.advance(state, self.place, self.place + 1, instead)
         self.place += 1
 
 
 def put_out(consumer: Consumer, weight: Tensor, left: Tensor) -> Callable[[Mapping[Node, Any]], Tensor]:
-    """What a map puts out of a state with new weights ``[outputs, kept]`` for some of its features."""
+    """What a map puts out of a state with new weights ``[outputs, kept]`` for the features that are left."""
     bias = _bias_node(consumer.node)
 
     def run(state: Mapping[Node, Any]) -> Tensor:

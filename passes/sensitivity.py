@@ -23,10 +23,11 @@ from ..groups import Groups, PruneGroup
 from ..plan import PrunePlan
 from .base import Pass
 from .batches import Batch, Loss, Progress, causal_loss, logits_of, rows_of, warn_of_padding
-from .compensation import RIDGE, fit, put_out, solve, sum_gram
+from .compensation import fit, put_out
 from .consumers import Consumer, counted_rows, features_of, sole_readers, weight_of
 from .dependency import groups_of
 from .importance import SCORES
+from .least_squares import Gram, choose_ridge, solve, sum_gram
 from .masking import linked, measurable, unfit, without
 from .stepper import Compute, Stepper
 
@@ -90,7 +91,7 @@ def measure_curves(
     levels: int = 4,
     samples: int | None = None,
     compensated: bool = False,
-    ridge: float = RIDGE,
+    ridge: float | None = None,
     plan: PrunePlan | None = None,
     ahead: int | None = None,
     by: str = "loss",
@@ -112,7 +113,7 @@ def measure_curves(
         compensated: Give the kept units the weights that least-squares compensation will, where one linear map and nothing else
             reads the group; other groups are measured without. They are fitted to the batches that the loss is not measured on, if
             there are any: what a fit has seen tells less of it.
-        ridge: As for `fxprune.compensate`.
+        ridge: As for `fxprune.compensate`; where it is chosen, a group's is the one for its first number of removed units.
         plan: Measure each group with all others pruned as this plan says (compensated, if asked for): what a unit is worth beside
             what is left of the others. By default the others are whole.
         ahead: Measure only so many levels beyond what the plan takes from a group; by default every level, and none.
@@ -212,12 +213,13 @@ class _Run:
         groups: Groups,
         batches: Sequence[Batch],
         samples: int | None,
-        ridge: float,
+        ridge: float | None,
         loss: Loss,
         readers: Mapping[str, Consumer],
     ) -> None:
         self.stepper, self.groups, self.batches, self.ridge, self.loss = Stepper(gm), groups, batches, ridge, loss
         self.gm, self.readers = gm, readers
+        self.ridges: dict[str, float] = {}
         self.instead: dict[Node, Compute] = {}
         self.zeros: dict[str, tuple[ExitStack, Mapping[str, Tensor]]] = {}
         self.end = len(self.stepper.nodes)
@@ -278,7 +280,7 @@ class _Run:
                     self.zeros |= dict.fromkeys(part, (held, units))
                 others = PrunePlan.from_keep(self.groups, {n: u for n, u in plan.keep.items() if n in self.readers})
                 fitted, _ = fit(self.gm, others, self.fitted, ridge=self.ridge)
-                self.instead = {f.consumer.node: put_out(f.consumer, f.weight, f.left) for f in fitted}
+                self.instead = {f.consumer.node: put_out(f.consumer, f.solution.weight, f.solution.left) for f in fitted}
             try:
                 yield
             finally:
@@ -288,7 +290,7 @@ class _Run:
         for name, units in gone.items():
             stack.enter_context(without(self.groups, self.groups[name], units))
 
-    def _places(self, probes: Sequence[_Probe]) -> Iterator[tuple[_Probe, int, Sequence[dict[Node, Any]], Tensor | None]]:
+    def _places(self, probes: Sequence[_Probe]) -> Iterator[tuple[_Probe, int, Sequence[dict[Node, Any]], Gram | None]]:
         """Each probe in graph order, with the place that it is run from, the states there, and X^T X of what its map reads."""
         place = {node: i for i, node in enumerate(self.stepper.nodes)}
         first_use = {str(n.target): min((place[u] for u in n.users), default=place[n]) for n in place if n.op == "get_attr"}
@@ -307,14 +309,14 @@ class _Run:
             now, reader = start(probe), self.readers.get(probe.group)
             gram = None
             if reader is not None and probe.counts:
-                gram = sum_gram(counted_rows(s[reader.operand], b) for s, b in zip(others, self.fitted, strict=True))[0]
+                gram = sum_gram(counted_rows(s[reader.operand], b) for s, b in zip(others, self.fitted, strict=True))
             yield probe, now, states, gram
 
     def _without(
         self,
         probe: _Probe,
         count: int,
-        gram: Tensor | None,
+        gram: Gram | None,
         states: Sequence[dict[Node, Any]],
         place: int,
         plan: PrunePlan | None,
@@ -331,13 +333,19 @@ class _Run:
         finally:
             self._zero(held, planned)
 
-    def _compensated(self, probe: _Probe, count: int, gram: Tensor, plan: PrunePlan | None) -> dict[Node, Compute]:
+    def _compensated(self, probe: _Probe, count: int, gram: Gram, plan: PrunePlan | None) -> dict[Node, Compute]:
         """The reader with the weights of its kept features compensated; other groups that it reads are as in the plan."""
         reader = self.readers[probe.group]
         weight = weight_of(self.groups, reader)
         stays = torch.ones(weight.shape[1], dtype=torch.bool)
         stays[features_of(self.groups, reader, {**(plan.removed() if plan else {}), **probe.units(count)})] = False
-        return {reader.node: put_out(reader, solve(weight, gram, stays, self.ridge), stays.nonzero().flatten())}
+        ridge = self.ridge if self.ridge is not None else self.ridges.get(probe.group)
+        if ridge is None:
+            ridge = gram.for_all(choose_ridge(weight, gram, stays))
+            if count:  # where nothing goes, any would do
+                self.ridges[probe.group] = ridge
+        solved = solve(weight, gram.total, stays, ridge)
+        return {reader.node: put_out(reader, solved, stays.nonzero().flatten())}
 
     def _whole(self) -> float:
         """The mean loss of the whole graph."""

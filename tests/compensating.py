@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxprune import find_groups, rewrite, trace
-from fxprune.passes.compensation import RIDGE
 from fxprune.plan import PrunePlan
 
 from .masking import rows_of
@@ -52,8 +52,8 @@ def pruned(model: nn.Module, gone: Gone, drop: Sequence[str] = ()) -> tuple[Grap
     return gm, rewrite(gm, plan), plan
 
 
-def read_by(model: nn.Module, path: str, calibration: Sequence[Batch]) -> Tensor:
-    """What a module of the eager model reads, padding left out: ``[tokens, features]`` in double precision."""
+def read_by(model: nn.Module, path: str, calibration: Sequence[Batch]) -> list[Tensor]:
+    """What a module of the eager model reads, batch by batch, padding left out: ``[tokens, features]`` in double precision."""
     rows: list[Tensor] = []
     for batch in calibration:
 
@@ -64,37 +64,54 @@ def read_by(model: nn.Module, path: str, calibration: Sequence[Batch]) -> Tensor
         with torch.no_grad():
             model(**batch, use_cache=False)
         handle.remove()
-    return torch.cat(rows)
+    return rows
 
 
 def mean_of(model: nn.Module, path: str) -> Tensor:
-    return read_by(model, path, batches()).mean(0)
+    return torch.cat(read_by(model, path, batches())).mean(0)
+
+
+def held_back(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(the tokens to fit to, the last fifth of each batch's)."""
+    cuts = [len(x) - round(0.2 * len(x)) for x in rows]
+    return torch.cat([x[:n] for x, n in zip(rows, cuts, strict=True)]), torch.cat([x[n:] for x, n in zip(rows, cuts, strict=True)])
+
+
+def solved(x: Tensor, w: Tensor, gone: Sequence[int], ridge: float) -> Tensor:
+    """W_K + W_R G_RK (G_KK + ridge diag G_KK)^-1 with G = X^T X, and zeros in the columns of R; an infinite ridge only cuts."""
+    stay, new = without(w.shape[1], gone), w.clone()
+    new[:, list(gone)] = 0
+    if ridge < math.inf:
+        gram = x.mT @ x
+        inner = gram[stay][:, stay] + ridge * torch.diag(gram.diagonal()[stay])
+        new[:, stay] += w[:, list(gone)] @ gram[list(gone)][:, stay] @ torch.linalg.inv(inner)
+    return new
 
 
 def by_hand(
-    model: nn.Module, features: Mapping[str, Sequence[int]], ridge: float = RIDGE, dim: int = 1
+    model: nn.Module, features: Mapping[str, Sequence[int]], ridge: float | None = None, dim: int = 1
 ) -> tuple[nn.Module, dict[str, tuple[float, float]]]:
-    """Map after map: W_K + W_R G_RK (G_KK + ridge diag G_KK)^-1 of what it reads in the network as changed so far.
+    """Map after map, of what it reads in the network as changed so far; without a ridge the best one on what is held back.
 
     Returns:
-        (the eager model with the removed features' columns zero, errors before and after for each map).
+        (the eager model with the removed features' columns zero, errors before and after for each map on what is held back).
     """
     model, errors = copy.deepcopy(model), {}
     for path, gone in features.items():
-        x = read_by(model, path, batches())
+        rows = read_by(model, path, batches())
+        fit, held = held_back(rows)
         parameter: Any = model.get_parameter(f"{path}.weight")
         w = (parameter if dim == 1 else parameter.mT).detach().double()
-        stay = without(w.shape[1], gone)
-        gram = x.mT @ x
-        inner = gram[stay][:, stay] + ridge * torch.diag(gram.diagonal()[stay])
-        new = torch.zeros_like(w)
-        new[:, stay] = w[:, stay] + w[:, list(gone)] @ gram[list(gone)][:, stay] @ torch.linalg.inv(inner)
-        cut = w.clone()
-        cut[:, list(gone)] = 0
-        full = (x @ w.mT).square().sum()
-        errors[f"{path}.weight"] = tuple(float((x @ (w - v).mT).square().sum() / full) for v in (cut, new))
+
+        def error(r: float, w: Tensor = w, fit: Tensor = fit, held: Tensor = held, gone: Sequence[int] = gone) -> float:
+            return float((held @ (w - solved(fit, w, gone, r)).mT).square().sum() / (held @ w.mT).square().sum())
+
+        best = min((0.03, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf), key=error) if ridge is None else ridge
+        errors[f"{path}.weight"] = error(math.inf), error(best)
+        x = torch.cat(rows)
+        new = solved(x, w, gone, best if ridge is not None else best * len(fit) / len(x))
         parameter.data = (new if dim == 1 else new.mT).to(parameter.dtype)
-    return model, errors  # type: ignore[return-value]
+    return model, errors
 
 
 def check_weights(small: nn.Module, wanted: nn.Module, features: Mapping[str, Sequence[int]], dim: int = 1) -> None:

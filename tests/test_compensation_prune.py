@@ -45,7 +45,7 @@ def test_added_biases_in_the_stock_class(tmp_path: Path, calibration: Any) -> No
     result = fxprune.prune(model, units=0.25, widths="uniform", calibration=calibration, **{**OPTIONS, "kinds": ("ffn",)})
     assert result.form == "uniform"
     added = [f"model.layers.{i}.mlp.down_proj.bias" for i in (0, 1)]
-    assert result.report.compensation == {"method": "bias", "maps": {}, "added": added, "tokens": 128}
+    assert result.report.compensation == {"method": "bias", "maps": {}, "ridges": {}, "added": added, "tokens": 128}
     result.save_pretrained(tmp_path / "out")
     stock = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(stock) is LlamaForCausalLM

@@ -464,7 +464,7 @@ def test_beside_a_compensated_plan(llama: Case) -> None:
     plan = planned(llama, PLANNED)
     with untouched(llama.gm):
         curves = measure_curves(
-            llama.gm, llama.groups, llama.scores, batches(), names=list(PLANNED), levels=2, plan=plan, compensated=True
+            llama.gm, llama.groups, llama.scores, batches(), names=list(PLANNED), levels=2, plan=plan, compensated=True, ridge=0.03
         )
     maps: dict[str, dict[str, int]] = {}
     for name, count in PLANNED.items():
