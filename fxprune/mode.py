@@ -1,4 +1,4 @@
-"""A model in another mode for a while: evaluation instead of training, without a KV cache."""
+"""A model in another mode for a while: evaluation instead of training, without a KV cache, in double precision."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -44,3 +45,18 @@ def quiet(model: nn.Module) -> Iterator[None]:
     """Both: evaluation mode and no KV cache, as a model is traced and compared."""
     with evaluating(model), without_cache(model):
         yield
+
+
+@contextmanager
+def in_double(*modules: nn.Module) -> Iterator[None]:
+    """Parameters and buffers in float64 within; afterwards they have their own storage again. Needs memory for the copies."""
+    tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()}
+    own: list[tuple[Tensor, Tensor]] = []
+    try:
+        for tensor in tensors.values():
+            own.append((tensor, tensor.data))
+            tensor.data = tensor.data.to(torch.float64)
+        yield
+    finally:
+        for tensor, data in own:
+            tensor.data = data

@@ -163,3 +163,74 @@ def test_numbers_of_units_survive_only_casts_that_keep_them(dtype: torch.dtype, 
     if free:
         plan = PrunePlan.from_keep(groups, {routed.name: [1, 3, 4]})
         assert verify(gm, rewrite(gm, plan), plan, (torch.randn(3, 7, 5),)).max_rel_error < 1e-5
+
+
+class Chaotic(nn.Module):
+    """Rounding of its channels' sum, a ten-millionth part, becomes a thousandth of the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(16, 400), nn.Linear(400, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(3e4 * self.leave(torch.relu(self.enter(x))))
+
+
+def chaotic(dtype: torch.dtype = torch.float32) -> tuple[GraphModule, GraphModule, PrunePlan, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(64, 16, dtype=dtype)
+    gm = trace(Chaotic().to(dtype), (x,))
+    groups = find_groups(gm)
+    (name,) = [n for n, g in groups.items() if g.prunable]
+    plan = PrunePlan.from_keep(groups, {name: range(0, 400, 3)})
+    return gm, rewrite(gm, plan), plan, x
+
+
+def test_amplified_rounding_is_no_error() -> None:
+    """It is told from a wrong network in float64; parameters keep their storage, bit for bit."""
+    gm, small, plan, x = chaotic()
+    before = {id(p): (p.data_ptr(), p.detach().clone()) for module in (gm, small) for p in module.parameters()}
+    report = verify(gm, small, plan, x)
+    assert report.ok
+    assert report.rounding is not None
+    assert report.rounding > 1e-4
+    assert report.max_rel_error < 1e-9
+    assert (report.tolerance, report.reference) == (1e-6, "masked dense, in float64")
+    for module in (gm, small):
+        for parameter in module.parameters():
+            pointer, values = before[id(parameter)]
+            assert parameter.data_ptr() == pointer
+            assert parameter.dtype == torch.float32
+            assert torch.equal(parameter, values)
+
+
+def test_a_wrong_network_stays_wrong_in_float64() -> None:
+    gm, small, plan, x = chaotic()
+    with torch.no_grad():
+        small.get_parameter("leave.weight")[0, 0] += 1e-3
+    report = verify(gm, small, plan, x)
+    assert not report.ok
+    assert report.rounding is not None
+    assert report.max_rel_error > 0.1
+
+
+def test_float64_is_not_repeated() -> None:
+    gm, small, plan, x = chaotic(torch.float64)
+    report = verify(gm, small, plan, x, tolerance=1e-30)
+    assert (report.ok, report.rounding, report.tolerance) == (False, None, 1e-30)
+
+
+class Narrow(Chaotic):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.mm(super().forward(x), torch.ones(7, 2))  # a constant that stays as it is
+
+
+def test_where_float64_cannot_be_run_the_first_word_counts() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 16)
+    gm = trace(Narrow(), (x,))
+    groups = find_groups(gm)
+    plan = PrunePlan.from_keep(groups, {n: range(0, 400, 3) for n, g in groups.items() if g.size == 400})
+    report = verify(gm, rewrite(gm, plan), plan, x)
+    assert (report.ok, report.rounding, report.tolerance) == (False, None, 1e-4)
+    assert {p.dtype for p in gm.parameters()} == {torch.float32}
