@@ -222,7 +222,7 @@ def test_float64_is_not_repeated() -> None:
 
 class Narrow(Chaotic):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.mm(super().forward(x), torch.ones(7, 2))  # a constant that stays as it is
+        return torch.mm(super().forward(x), torch.ones_like(x[:7, :2], dtype=torch.float32))
 
 
 def test_where_float64_cannot_be_run_the_first_word_counts() -> None:
