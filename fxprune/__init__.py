@@ -17,25 +17,32 @@ if TYPE_CHECKING:
     from .evaluation.run import evaluate as evaluate
     from .groups import Groups as Groups
     from .groups import PruneGroup as PruneGroup
+    from .knowledge import Knowledge as Knowledge
     from .passes.compensation import compensate as compensate
     from .passes.dependency import find_groups as find_groups
     from .passes.importance import score as score
     from .passes.influence import block_influence as block_influence
+    from .passes.knowledge import measure_knowledge as measure_knowledge
     from .passes.rewrite import rewrite as rewrite
     from .passes.selection import Selection as Selection
     from .passes.selection import select as select
     from .passes.sensitivity import measure_curves as measure_curves
     from .passes.verify import verify as verify
     from .plan import PrunePlan as PrunePlan
+    from .recovery.curriculum import Curriculum as Curriculum
     from .recovery.result import RecoveryReport as RecoveryReport
     from .recovery.result import RecoveryResult as RecoveryResult
     from .recovery.run import recover as recover
     from .recovery.settings import Recovery as Recovery
     from .rules import rule as rule
+    from .shear.lhspg import LHSPG as LHSPG
 
 _WHERE = {
+    "Curriculum": ".recovery.curriculum",
     "Evaluation": ".evaluation.result",
     "Groups": ".groups",
+    "Knowledge": ".knowledge",
+    "LHSPG": ".shear.lhspg",
     "PruneGroup": ".groups",
     "PrunePlan": ".plan",
     "PruneReport": ".api",
@@ -50,6 +57,7 @@ _WHERE = {
     "find_groups": ".passes.dependency",
     "load": ".checkpoint.load",
     "measure_curves": ".passes.sensitivity",
+    "measure_knowledge": ".passes.knowledge",
     "prune": ".api",
     "recover": ".recovery.run",
     "rewrite": ".passes.rewrite",

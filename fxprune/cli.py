@@ -60,6 +60,14 @@ def shares(text: str) -> float | dict[str, float]:
         raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor of the form kind=number,kind=number") from None
 
 
+def numbers(text: str) -> list[float]:
+    """``0.8,0.2`` as a list."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form number,number") from None
+
+
 def named(text: str) -> dict[str, str]:
     """``a=FILE,b=FILE`` as a mapping."""
     parts = [item.partition("=") for item in text.split(",")]
@@ -88,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     loading.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
     _prune(commands.add_parser("prune", parents=[common, loading], help="prune a model and write a checkpoint"))
     _groups(commands.add_parser("groups", parents=[common, loading], help="show what can be pruned, and why the rest cannot"))
+    _sensitivity(
+        commands.add_parser(
+            "sensitivity", parents=[common, loading], help="what each layer and group is worth, and which to leave whole"
+        )
+    )
     verify = commands.add_parser("verify", parents=[common, loading], help="check a written checkpoint against its dense model")
     verify.add_argument("--dense", required=True, metavar="MODEL", help="the dense model it was pruned from")
     _eval(commands.add_parser("eval", parents=[common, loading], help="perplexity of a model on a text"))
@@ -113,6 +126,8 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--protect-first", type=int, metavar="K", help="leave the first K layers whole")
     what.add_argument("--protect-last", type=int, metavar="K", help="leave the last K layers whole")
     what.add_argument("--protect", action="append", metavar="PATTERN", help="leave groups of this name whole")
+    what.add_argument("--knowledge", metavar="FILE", help="what fxprune sensitivity -o FILE wrote: leave what matters most whole")
+    what.add_argument("--protect-share", type=float, metavar="SHARE", help="with --knowledge: how much of it (default 0.1)")
     what.add_argument("--multiple", type=int, help="round widths to a multiple (heads excepted)")
     what.add_argument("--floor", type=float, help="least share of units that a group keeps")
     how = parser.add_argument_group("how: all of these, and those above, are what the recipe says unless given")
@@ -147,6 +162,29 @@ def _groups(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--export", metavar="FILE", help="write the coupling graph as .graphml, .json or .dot")
 
 
+def _sensitivity(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is taken away, one at a time")
+    what.add_argument("--kinds", type=kinds, help="kv_heads, query_groups, ffn, .., and layers (default kv_heads,ffn,layers)")
+    what.add_argument("--share", type=float, default=1.0, help="share of a group's units (default 1: all that may go)")
+    what.add_argument("--take", default="least", help="which units: the least (default) or the most important")
+    what.add_argument("--criterion", default="taylor1", help="importance of units (default taylor1); see fxprune prune --help")
+    how = parser.add_argument_group("how it is measured")
+    how.add_argument(
+        "--text", metavar="FILE", help="a .txt/.json/.jsonl file (.gz too) or a datasets name; default: the model's own"
+    )
+    how.add_argument("--by", default="loss", help="what ranks: the rise of the loss (default), or divergence from the dense model")
+    how.add_argument("--samples", type=int, default=32, help="samples of the text (default 32)")
+    how.add_argument("--length", type=int, default=128, help="tokens of each (default 128)")
+    how.add_argument("--batch-size", type=int, default=8, help="samples at a time (default 8)")
+    how.add_argument("--seed", type=int, default=0)
+    out = parser.add_argument_group("what comes out")
+    out.add_argument("--protect-share", type=float, default=0.1, metavar="SHARE", help="share to leave whole (default 0.1)")
+    out.add_argument("-o", "--output", metavar="FILE", help="write it as .json, for fxprune prune --knowledge")
+    out.add_argument("--plot", metavar="FILE", help="draw it over the depth: .png, .svg, .pdf (needs the extra plot)")
+    out.add_argument("--resume", action="store_true", help="go on with a measurement that was cut short (OUTPUT.measuring)")
+    out.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _recover(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR", help="a checkpoint that fxprune wrote")
     parser.add_argument("-o", "--output", required=True, help="directory to write; the training state is kept in OUTPUT.recovering")
@@ -157,15 +195,31 @@ def _recover(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("text", "a file, a datasets name, or a mixture: a.jsonl=0.7,b.txt=0.3")
     text.add_argument("--data", required=True, help="what to train on: instructions, conversations or plain text")
     text.add_argument("--validation", help="what to measure on (default: examples held out of the data)")
-    text.add_argument("--samples", help="examples read from the data (default all)")
+    text.add_argument("--samples", help="examples read from the data, or of each source of a curriculum (default all)")
+    lessons = parser.add_argument_group("curriculum", "in rounds, measured on held-out text of each source; see docs/curriculum.md")
+    lessons.add_argument(
+        "--curriculum",
+        metavar="WEIGHTS",
+        help="dynamic (each source by what was lost of it; needs --teacher) or static (the weights given)",
+    )
+    lessons.add_argument(
+        "--then", action="append", metavar="DATA", help="what to train on after --data; may be given several times"
+    )
+    lessons.add_argument("--rounds", type=int, help="of each stage at most (default 4)")
+    lessons.add_argument("--floor", type=float, help="least share of a source with dynamic weights (default 0.05)")
+    lessons.add_argument("--patience", type=int, help="end a stage after so many rounds without a fall (default 1; 0 never)")
+    lessons.add_argument("--threshold", type=float, help="what counts as a fall, in nats per token (default 0)")
+    lessons.add_argument("--shares", type=numbers, metavar="A,B", help="of max_steps and max_tokens for each stage")
+    lessons.add_argument("--plot", metavar="FILE", help="draw weights and degradation (needs the extra plot)")
     how = parser.add_argument_group("training", "what is not given here is as in the recipe")
     how.add_argument("--recipe", default="default", help="default, or llm-pruner (the paper's)")
-    how.add_argument("--teacher", metavar="MODEL", help="the dense model, for distill_weight and hidden_weight")
+    how.add_argument("--teacher", metavar="MODEL", help="the dense model, for distill_weight, hidden_weight and dynamic weights")
     how.add_argument("--method", help="lora, or full (every parameter)")
     how.add_argument("--rank", help="of the adapters")
     how.add_argument("--lr", help="peak learning rate")
     how.add_argument("--epochs", help="passes over the data")
     how.add_argument("--max-steps", help="at most so many optimizer steps")
+    how.add_argument("--max-tokens", help="at most about so many tokens")
     how.add_argument("--batch-size", help="sequences of an optimizer step")
     how.add_argument("--micro-batch-size", help="sequences run at a time; fewer need less memory")
     how.add_argument("--length", help="tokens of a packed row")

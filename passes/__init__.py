@@ -3,6 +3,7 @@
 from .compensation import CompensationPass
 from .dependency import DependencyPass
 from .importance import ImportancePass
+from .knowledge import KnowledgePass
 from .rewrite import RewritePass
 from .selection import Selection, SelectionPass
 from .sensitivity import SensitivityPass
@@ -12,6 +13,7 @@ __all__ = [
     "CompensationPass",
     "DependencyPass",
     "ImportancePass",
+    "KnowledgePass",
     "RewritePass",
     "Selection",
     "SelectionPass",

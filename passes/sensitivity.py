@@ -231,11 +231,11 @@ class _Run:
         """From now on the loss is the divergence from the predictions that the dense graph makes."""
         known: dict[int, Tensor] = {}
         for batch in self.measured:
-            known[id(batch)] = _predictions(self.stepper.advance(self.stepper.begin(batch), 0, self.end), batch)
+            known[id(batch)] = predictions(self.stepper.advance(self.stepper.begin(batch), 0, self.end), batch)
 
         def divergence(output: Any, batch: Batch) -> Tensor:
             wanted = known[id(batch)]
-            found = _predictions(output, batch)
+            found = predictions(output, batch)
             return torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / len(wanted)
 
         self.loss = divergence
@@ -360,7 +360,7 @@ class _Run:
         return total / sum(self.rows)
 
 
-def _predictions(output: Any, batch: Batch) -> Tensor:
+def predictions(output: Any, batch: Batch) -> Tensor:
     """Logarithms of the predicted probabilities, a row for each token that is no padding."""
     needed = "divergence compares predictions, and the model gives no logits: say by='loss' and pass loss="
     logits = logits_of(output, needed)

@@ -62,7 +62,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("file", "count"), [("README.md", 6), ("docs/rules.md", 1)])
+@pytest.mark.parametrize(("file", "count"), [("README.md", 6), ("docs/rules.md", 1), ("docs/sensitivity.md", 1)])
 def test_python_blocks_run_in_order(file: str, count: int, workplace: Path) -> None:
     found = blocks(file, "python")
     assert len(found) >= count
@@ -108,7 +108,7 @@ def test_every_option_and_command_that_the_readme_names_exists(capsys: pytest.Ca
     text = re.sub(r"`python -m benchmarks[^`]*`", "", (ROOT / "README.md").read_text())  # those have options of their own
     options = set(re.findall(r"`(?:[^`]*\s)?(--[a-z-]+)", text))
     known = ""
-    for command in ("prune", "recover", "groups", "verify", "eval", "demo"):
+    for command in ("prune", "recover", "groups", "sensitivity", "verify", "eval", "demo"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         known += capsys.readouterr().out

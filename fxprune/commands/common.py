@@ -69,6 +69,12 @@ def check_device(device: str) -> None:
         raise UsageError(f"cannot use device '{device}': {str(error).splitlines()[0]}") from error
 
 
+def check_share(share: float) -> None:
+    """Raise `UsageError` unless that is a share of groups to protect."""
+    if not 0 <= share <= 1:
+        raise UsageError(f"--protect-share must lie between 0 and 1 (0.1 protects a tenth), got {share}")
+
+
 def describe_widths(widths: Mapping[str, list[int]], dropped: Any) -> list[str]:
     """One line for each family of groups."""
     families: dict[str, set[tuple[int, int]]] = {}

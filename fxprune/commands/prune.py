@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 from torch import nn
+from torch.fx import GraphModule
 
 from ..api import example_inputs
 from ..api import prune as prune_model
@@ -19,23 +20,31 @@ from ..capture import trace
 from ..checkpoint.save import check_target
 from ..cost import costs
 from ..errors import UsageError
-from ..passes.dependency import find_groups
+from ..knowledge import Knowledge
+from ..passes.dependency import groups_of
 from ..passes.importance import score
-from ..passes.selection import Selection, select
+from ..passes.selection import LAYERS, Selection, select
 from ..plan import PrunePlan
 from ..planning import Planning, settle
-from .common import console, describe_widths, dump, load_model, progress, show_result
+from .common import check_share, console, describe_widths, dump, load_model, progress, show_result
 
 HOW = tuple(field.name for field in fields(Planning) if field.name != "seed")
 WHAT = tuple(field.name for field in fields(Selection) if field.name != "ratio")
+
+SHARE = 0.1
+"""Of what was measured, how much stays whole unless something else is said."""
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune a model and write a checkpoint."""
     plan, selection = _checked(arguments)
     model, tokenizer = load_model(arguments)
+    graph: GraphModule | None = None
+    if arguments.knowledge:
+        graph = trace(model, example_inputs(model))
+        Knowledge.load(arguments.knowledge).check(groups_of(graph))
     if arguments.dry_run:
-        return _dry_run(model, plan, selection)
+        return _dry_run(model, graph, plan, selection)
     if arguments.calibration and tokenizer is None:
         raise UsageError(f"calibration text needs a tokenizer, and there is none beside '{arguments.model}'")
     with progress() as advance:
@@ -46,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             tokenizer=tokenizer,
             selection=selection,
             plan=plan,
+            graph=graph,
             seed=arguments.seed,
             check=not arguments.no_verify,
             progress=advance,
@@ -71,7 +81,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection
         if Path(arguments.output).exists() and Path(arguments.model).exists() and samefile(arguments.output, arguments.model):
             raise UsageError(f"the output '{arguments.output}' is the model itself; choose another directory")
     if arguments.plan:
-        for name in ("ratio", *WHAT):
+        for name in ("ratio", *WHAT, "knowledge"):
             if getattr(arguments, name) is not None:
                 raise UsageError(f"--plan replays a plan as it is: leave out --{name.replace('_', '-')}")
         if not Path(arguments.plan).is_file():
@@ -80,18 +90,40 @@ def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection
         raise UsageError(
             "say what to remove: one of --ratio (share of all parameters), --units (share of units) and --plan (a file)"
         )
+    if arguments.protect_share is not None and not arguments.knowledge:
+        raise UsageError("--protect-share is a share of what fxprune sensitivity measured: name its file with --knowledge")
     plan = PrunePlan.load(arguments.plan) if arguments.plan else None
     given = _given(arguments, HOW)
     _, selection = settle(arguments.recipe, given, arguments.ratio, None, plan, _given(arguments, WHAT), arguments.seed)
+    if arguments.knowledge and selection is not None:
+        selection = _protecting(
+            selection, arguments.knowledge, SHARE if arguments.protect_share is None else arguments.protect_share
+        )
     if arguments.calibration:
         read_texts(arguments.calibration)
     return plan, selection
 
 
-def _dry_run(model: nn.Module, plan: PrunePlan | None, selection: Selection | None) -> int:
+def _protecting(selection: Selection, file: str, share: float) -> Selection:
+    """The selection with a share of what matters most left whole, out of the kinds that it prunes."""
+    check_share(share)
+    knowledge = Knowledge.load(file)
+    pruned = [kind for kind, pace in selection.pace.items() if pace > 0]
+    kinds = [kind for kind in pruned if any(row.kind == kind for row in knowledge.rows)]
+    if not kinds:
+        raise UsageError(f"'{file}' has nothing of kind {', '.join(pruned)}: measure that with fxprune sensitivity --kinds")
+    names = knowledge.protected(share, kinds)
+    if selection.widths == "uniform" and any(row.name in names and row.kind != LAYERS for row in knowledge.rows):
+        raise UsageError(
+            "--knowledge leaves single layers whole, and with widths='uniform' all layers have one width: say --widths per-layer"
+        )
+    return replace(selection, protect=(*selection.protect, *names))
+
+
+def _dry_run(model: nn.Module, graph: GraphModule | None, plan: PrunePlan | None, selection: Selection | None) -> int:
     """Widths and cost from shapes; which units they are is decided by magnitude, which needs no calibration."""
-    gm = trace(model, example_inputs(model))
-    groups = find_groups(gm)
+    gm = graph if graph is not None else trace(model, example_inputs(model))
+    groups = groups_of(gm)
     if plan is None:
         assert selection is not None
         if selection.ranking == "measured":  # how the budget is spread needs the loss; what it comes to does not

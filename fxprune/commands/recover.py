@@ -10,19 +10,38 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..recovery.curriculum import Curriculum
+from ..recovery.plot import check_plot, plot_curriculum
 from ..recovery.result import RecoveryResult
 from ..recovery.run import recover
 from ..recovery.settings import settings_of
 from ..recovery.state import SUFFIX
 from .common import check_device, console, progress, quiet_libraries
 
-FLAGS = ("samples", "method", "rank", "lr", "epochs", "max_steps", "batch_size", "micro_batch_size", "length", "cutoff", "seed")
+FLAGS = (
+    "samples",
+    "method",
+    "rank",
+    "lr",
+    "epochs",
+    "max_steps",
+    "max_tokens",
+    "batch_size",
+    "micro_batch_size",
+    "length",
+    "cutoff",
+    "seed",
+)
+LESSONS = ("rounds", "floor", "patience", "threshold", "shares")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train a pruned checkpoint and write the recovered one."""
     overrides = _overrides(arguments)
     settings_of(arguments.recipe, overrides)
+    curriculum = _curriculum(arguments)
+    if arguments.plot is not None:
+        check_plot(arguments.plot)
     quiet_libraries()
     check_device(arguments.device)
     main = int(os.environ.get("RANK", "0")) == 0
@@ -30,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         with progress() if main else nullcontext(None) as advance:
             result = recover(
                 arguments.model,
-                arguments.data,
+                arguments.data if curriculum is None else None,
+                curriculum=curriculum,
                 recipe=arguments.recipe,
                 teacher=arguments.teacher,
                 validation=arguments.validation,
@@ -52,8 +72,20 @@ def run(arguments: argparse.Namespace) -> int:
             torch.distributed.destroy_process_group()
     if main:
         _show(result)
+        if arguments.plot is not None:
+            plot_curriculum(result.report.curriculum or {}, arguments.plot)
         print(arguments.output)
     return 0
+
+
+def _curriculum(arguments: argparse.Namespace) -> Curriculum | None:
+    """What the options of the curriculum say."""
+    given = {name: value for name in LESSONS if (value := getattr(arguments, name)) is not None}
+    if arguments.curriculum is None:
+        for name in (*given, *(n for n in ("then", "plot") if getattr(arguments, n) is not None)):
+            raise UsageError(f"--{name} is of a curriculum: say --curriculum dynamic or --curriculum static too")
+        return None
+    return Curriculum([arguments.data, *(arguments.then or [])], arguments.curriculum, **given)
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -83,5 +115,22 @@ def _show(result: RecoveryResult) -> None:
         before, after = report.perplexity
         of = report.data["validation"]["sources"]
         console.print(f"perplexity  {before:.2f} -> {after:.2f} (step {report.best_step}; {of})", markup=False)
+    if report.curriculum is not None:
+        _show_curriculum(report.curriculum)
     for note in report.notes:
         console.print(f"note        {note}", markup=False)
+
+
+def _show_curriculum(curriculum: dict[str, Any]) -> None:
+    """For each stage why it ended, and for each source its shares and what was lost of it, or its loss without a dense model."""
+    for number, names in enumerate(curriculum["stages"], start=1):
+        records = [r for r in curriculum["measurements"] if r["stage"] == number]
+        rounds = len(records) - 1
+        console.print(f"stage {number}     {rounds} round{'s' * (rounds > 1)} ({records[-1]['ended']})", markup=False)
+        for name in names:
+            lost = records[0]["degradation"] is not None
+            what = "degradation" if lost else "held-out loss"
+            before = records[0]["degradation" if lost else "loss"][name]
+            after = curriculum["final"][name]["degradation" if lost else "loss"]
+            shares = ", ".join(f"{r['weights'][name]:.0%}" for r in records[:-1])
+            console.print(f"  {name}: {what} {before:.3f} -> {after:.3f} nats per token, share of tokens {shares}", markup=False)

@@ -1,7 +1,7 @@
 """Text for calibration, recovery and evaluation: sources, templates, examples, batches, and whether two texts overlap."""
 
 from .batches import Batches
-from .examples import Examples, load_examples
+from .examples import Examples, join, load_examples
 from .overlap import Sketch, check_overlap
 from .packing import packs_apart
 from .sources import Source, Sources, parse_sources, rows, texts
@@ -16,6 +16,7 @@ __all__ = [
     "Sources",
     "check_overlap",
     "documents",
+    "join",
     "load_examples",
     "packs_apart",
     "parse_sources",

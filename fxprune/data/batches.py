@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import math
 from collections.abc import Mapping
 
@@ -73,11 +74,47 @@ class Batches:
             self._rows += packed
         self._used: list[int] = [sum(lengths[i] for i in row) for row in self._rows]
         self._cached: tuple[int, list[list[int]]] | None = None
-        self._shares = None if weights is None else self._counts(weights)
+        self._shares = None if weights is None else self._counts(weights, len(self._rows))
+        self._first, self._before = 0, [0] * len(self._of_source)
 
     def __len__(self) -> int:
         """Steps of an epoch, the same for all."""
-        return math.ceil(len(self._rows) / self.batch_size)
+        return math.ceil((len(self._rows) if self._shares is None else sum(self._shares)) / self.batch_size)
+
+    def drawn(self, weights: Mapping[str, float], *, steps: int, epoch: int, before: Mapping[str, int]) -> Batches:
+        """The same rows with an epoch of another length and other weights, for a mixture that changes while it is read.
+
+        Args:
+            weights: Share of the epoch's tokens for each source, by name; of sources with shorter rows more rows are drawn.
+            steps: Of the epoch; every batch is full.
+            epoch: Its number: what to ask `batch` for.
+            before: Rows of each source that were read until then; the source goes on from there.
+
+        Raises:
+            UsageError: The weights do not belong to the sources, or are no positive numbers.
+        """
+        made = copy.copy(self)
+        lengths = self.row_tokens
+        rows = {name: weight / lengths.get(name, 1.0) for name, weight in weights.items()}
+        made._shares = self._counts(rows, steps * self.batch_size)
+        made._first, made._before, made._cached = epoch, [before.get(name, 0) for name in self.examples.names], None
+        return made
+
+    @property
+    def row_tokens(self) -> dict[str, float]:
+        """Mean tokens of a row of each source that has rows."""
+        named = zip(self.examples.names, self._of_source, strict=True)
+        return {name: sum(self._used[r] for r in rows.tolist()) / len(rows) for name, rows in named if len(rows)}
+
+    def taken(self, epoch: int) -> dict[str, tuple[int, int]]:
+        """Rows and tokens of each source in an epoch."""
+        chosen = np.array([row for rows in self._order(epoch) for row in rows])
+        used = np.array(self._used)
+        found = {}
+        for name, members in zip(self.examples.names, self._of_source, strict=True):
+            own = chosen[np.isin(chosen, members)]
+            found[name] = len(own), int(used[own].sum())
+        return found
 
     @property
     def fill(self) -> float:
@@ -131,7 +168,7 @@ class Batches:
     def _random(self, *numbers: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64([self.seed, *numbers]))
 
-    def _counts(self, weights: Mapping[str, float]) -> list[int]:
+    def _counts(self, weights: Mapping[str, float], total: int) -> list[int]:
         """Rows of each source in an epoch: the largest remainders are rounded up."""
         names = self.examples.names
         for name, weight in weights.items():
@@ -143,9 +180,9 @@ class Batches:
         if missing:
             raise UsageError(f"there is no weight for {', '.join(map(repr, missing))}: give each source one")
         shares = [weights[n] if len(members) else 0.0 for n, members in zip(names, self._of_source, strict=True)]
-        exact = [len(self._rows) * share / sum(shares) for share in shares]
+        exact = [total * share / sum(shares) for share in shares]
         counts = [math.floor(x) for x in exact]
-        for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: len(self._rows) - sum(counts)]:
+        for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: total - sum(counts)]:
             counts[i] += 1
         return counts
 
@@ -174,9 +211,10 @@ class Batches:
     def _visits(self, source: int, epoch: int, count: int) -> np.ndarray:
         """The ``count`` rows of a source that are due in an epoch: its shuffled rows again and again, cut at epochs."""
         members = self._of_source[source]
-        first, last = epoch * count // len(members), ((epoch + 1) * count - 1) // len(members)
+        start = self._before[source] + (epoch - self._first) * count
+        first, last = start // len(members), (start + count - 1) // len(members)
         rounds = np.concatenate([self._random(source, turn, 3).permutation(members) for turn in range(first, last + 1)])
-        begin = epoch * count - first * len(members)
+        begin = start - first * len(members)
         return rounds[begin : begin + count]
 
 

@@ -98,6 +98,14 @@ class Examples:
         return self.select(rest.tolist()), self.select(held.tolist())
 
 
+def join(parts: Sequence[Examples]) -> Examples:
+    """Examples of several sources end to end, each part with sources of its own."""
+    first = [sum(len(p.names) for p in parts[:i]) for i in range(len(parts))]
+    source = torch.cat([p.source + n for p, n in zip(parts, first, strict=True)])
+    ids, lengths, prompts = (torch.cat(t) for t in ([p.ids for p in parts], [p.lengths for p in parts], [p.prompts for p in parts]))
+    return _examples(ids, lengths, prompts, source, tuple(name for p in parts for name in p.names))
+
+
 def _examples(ids: Tensor, lengths: Tensor, prompts: Tensor, source: Tensor, names: tuple[str, ...]) -> Examples:
     starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     digest = hashlib.sha256()

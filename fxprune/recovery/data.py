@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import islice
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import islice, permutations
 from typing import Any
 
 from torch import nn
 
-from ..data import Examples, Sketch, Source, Sources, check_overlap, documents, load_examples, parse_sources
+from ..data import Examples, Sketch, Source, Sources, check_overlap, documents, join, load_examples, parse_sources
 from ..data.examples import SHUFFLED_TOKENS
-from ..data.overlap import COMPARED
+from ..data.overlap import COMPARED, overlap
 from ..errors import UsageError
 from ..passes.batches import Progress
+from .curriculum import Curriculum
 from .settings import Recovery
+
+SHARED = 0.05
+"""Share of one source's 13-word sequences in another from which on a report says so."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a curriculum.
+
+    Attributes:
+        train: Examples of its sources, named as `fxprune.recovery.curriculum.Curriculum.sources` names them.
+        held: To measure each source on.
+    """
+
+    train: Examples
+    held: dict[str, Examples]
 
 
 @dataclass(frozen=True)
@@ -24,11 +43,29 @@ class TrainingData:
         train: To train on.
         held: To measure on, or None.
         account: For the report.
+        stages: Of a curriculum; ``train`` is then the first one's.
     """
 
     train: Examples
     held: Examples | None
     account: dict[str, Any]
+    stages: tuple[Stage, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Examples, ...]:
+        """All that is trained on."""
+        return tuple(stage.train for stage in self.stages) or (self.train,)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that is trained on, and for a curriculum of what is held out of it."""
+        if not self.stages:
+            return self.train.fingerprint[:16]
+        digest = hashlib.sha256()
+        for stage in self.stages:
+            digest.update(stage.train.fingerprint.encode() + stage.train.source.numpy().astype("<i8").tobytes())
+            digest.update("".join(held.fingerprint for held in stage.held.values()).encode())
+        return digest.hexdigest()[:16]
 
 
 def load_data(
@@ -52,20 +89,7 @@ def load_data(
         UsageError: A source is empty or cannot be read, there is no tokenizer, or validation text is in the training text.
     """
     everything = _examples(data, tokenizer, settings, samples=settings.samples, progress=progress)
-    sketches: dict[str, Sketch] = {}
-    if not isinstance(data, Examples):
-        count = None if settings.samples is None else settings.samples + SHUFFLED_TOKENS // settings.cutoff
-        compared = isinstance(validation, tuple)
-        large: dict[str, Sketch] = {}
-        for source in data:
-            sketches[source.label] = small = Sketch()
-            large[source.label] = more = Sketch(limit=COMPARED)
-            for text in islice(documents(source), count):
-                small.add(text)
-                if compared:
-                    more.add(text)
-        if isinstance(validation, tuple):
-            check_overlap({s.label: documents(s) for s in validation}, large)
+    sketches = {} if isinstance(data, Examples) else _sketches({s.label: s for s in data}, validation, settings)
     if validation is None:
         train, kept = everything.split(min(settings.validation_samples, len(everything) // 10), settings.seed)
         held = kept if len(kept) else None
@@ -76,6 +100,82 @@ def load_data(
     account: dict[str, Any] = {"training": _described(train), "sketches": {n: s.to_json() for n, s in sketches.items()}}
     account["validation"] = None if held is None else {**_described(held), "sources": of}
     return TrainingData(train, held, account)
+
+
+def load_stages(
+    curriculum: Curriculum,
+    validation: tuple[Source, ...] | Examples | None,
+    tokenizer: Any,
+    settings: Recovery,
+    *,
+    progress: Progress | None = None,
+) -> TrainingData:
+    """Read a curriculum's sources, ``samples`` examples of each, and hold ``validation_samples`` of each out, at most a tenth.
+
+    Args:
+        curriculum: Names the sources.
+        validation: More text to measure on, as for `load_data`; None for no more.
+        tokenizer: For text.
+        settings: The recovery's.
+        progress: Called with (what, done, total).
+
+    Raises:
+        UsageError: As `load_data`; or nothing can be held out of a source.
+    """
+    if not settings.validation_samples:
+        raise UsageError("a curriculum measures on examples held out of each source: validation_samples must be at least 1")
+    train: dict[str, Examples] = {}
+    held: dict[str, Examples] = {}
+    for name, source in curriculum.sources.items():
+        found = replace(_examples((source,), tokenizer, settings, samples=settings.samples, progress=progress), names=(name,))
+        count = min(settings.validation_samples, len(found) // 10)
+        if not count:
+            raise UsageError(f"'{name}' has {len(found)} examples, and a tenth is held out to measure on: give at least 10")
+        train[name], held[name] = found.split(count, settings.seed)
+    sketches = _sketches(curriculum.sources, validation, settings)
+    parts = [list(stage) for stage in curriculum.named()]
+    stages = tuple(Stage(join([train[n] for n in names]), {n: held[n] for n in names}) for names in parts)
+    more = None if validation is None else _examples(validation, tokenizer, settings, samples=None, progress=progress)
+    account: dict[str, Any] = {
+        "training": _described(join(list(train.values()))),
+        "held_out": _described(join(list(held.values()))),
+    }
+    account["sketches"] = {n: s.to_json() for n, s in sketches.items()}
+    account["overlaps"] = _overlaps(sketches)
+    account["validation"] = None if more is None else {**_described(more), "sources": ", ".join(more.names)}
+    return TrainingData(stages[0].train, more, account, stages)
+
+
+def _sketches(
+    sources: Mapping[str, Source], validation: tuple[Source, ...] | Examples | None, settings: Recovery
+) -> dict[str, Sketch]:
+    """A small sketch of each source; validation text that is in one of them is refused."""
+    sketches: dict[str, Sketch] = {}
+    count = None if settings.samples is None else settings.samples + SHUFFLED_TOKENS // settings.cutoff
+    compared = isinstance(validation, tuple)
+    large: dict[str, Sketch] = {}
+    for name, source in sources.items():
+        sketches[name] = small = Sketch()
+        large[name] = more = Sketch(limit=COMPARED)
+        for text in islice(documents(source), count):
+            small.add(text)
+            if compared:
+                more.add(text)
+    if isinstance(validation, tuple):
+        check_overlap({s.label: documents(s) for s in validation}, large)
+    return sketches
+
+
+def _overlaps(sketches: Mapping[str, Sketch]) -> list[str]:
+    """What two sources have in common: held-out text of one may be trained on in the other."""
+    found = []
+    for one, other in permutations(sketches, 2):
+        share = overlap(sketches[one], sketches[other])
+        if share > SHARED:
+            found.append(
+                f"{share:.0%} of the 13-word sequences of '{one}' are in '{other}': its held-out text may be trained on there"
+            )
+    return found
 
 
 def _described(examples: Examples) -> dict[str, Any]:

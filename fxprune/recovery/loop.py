@@ -50,6 +50,25 @@ class Plan:
     compiled: bool
 
 
+@dataclass(frozen=True)
+class Due:
+    """What a step reads, and where it is on the learning rate's schedule.
+
+    Attributes:
+        batches: To train on.
+        epoch: Of theirs.
+        index: Step of the epoch.
+        place: Step of the schedule.
+        steps: Of the schedule.
+    """
+
+    batches: Batches
+    epoch: int
+    index: int
+    place: int
+    steps: int
+
+
 @dataclass
 class Training:
     """A run in progress.
@@ -110,7 +129,7 @@ class Training:
             if self.position.step >= self.plan.steps:
                 self.position.stopped = "all steps done"
                 break
-            with _room(self.plan, self.position.step + 1, self.state):
+            with room(self.plan, self.position.step + 1, self.state):
                 self._step()
             self._after()
         if self.state is not None:
@@ -126,15 +145,19 @@ class Training:
         tokens, seconds = self.timed
         return tokens / seconds if seconds else 0.0
 
+    def _due(self) -> Due:
+        """Of the next step."""
+        step = self.position.step
+        return Due(self.batches, *divmod(step, len(self.batches)), step, self.plan.steps)
+
     def _step(self) -> None:
         settings, position = self.plan.settings, self.position
-        start, step = time.perf_counter(), position.step
+        start, step, due = time.perf_counter(), position.step, self._due()
         _seed(settings.seed, step, self.world.rank)
-        epoch, index = divmod(step, len(self.batches))
-        batch = self.batches.batch(epoch, index)
+        batch = due.batches.batch(due.epoch, due.index)
         predicted = max(1, int((batch["labels"][:, 1:] != IGNORED).sum()))
         parts = self.world.share(batch, self.plan.micro)
-        lr = settings.rate(step, self.plan.steps)
+        lr = settings.rate(due.place, due.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         total = torch.zeros((), device=self.world.device)
@@ -151,7 +174,7 @@ class Training:
             raise _diverged(step + 1, lost, settings, self.state)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = int(self.batches.examples.lengths[self.batches.epoch(epoch)[index]].sum())
+        tokens = int(due.batches.examples.lengths[due.batches.epoch(due.epoch)[due.index]].sum())
         seconds = time.perf_counter() - start
         position.step, position.tokens = step + 1, position.tokens + tokens
         position.seconds += seconds
@@ -189,22 +212,32 @@ class Training:
         else:
             position.waited += 1
 
-    @torch.no_grad()
     def perplexity(self, batches: Batches) -> float:
-        """The exponential of the mean negative log-likelihood of every predicted token of the batches' first epoch."""
+        """The exponential of `mean_loss` of what is trained."""
+        mean = self.mean_loss(self.model, self.takes, batches)
+        return math.exp(mean) if mean < 700 else math.inf
+
+    @torch.no_grad()
+    def mean_loss(self, model: nn.Module, takes: frozenset[str], batches: Batches) -> float:
+        """The mean negative log-likelihood of every predicted token of the batches' first epoch, in nats.
+
+        Args:
+            model: What is trained, or the dense one.
+            takes: What it takes, see `fxprune.recovery.objective.inputs_of`.
+            batches: To measure on.
+        """
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        with evaluating(self.model):
+        with evaluating(model):
             for index in range(len(batches)):
                 batch = batches.batch(0, index)
                 for part in self.world.share(batch, self.plan.micro):
-                    with _room(self.plan, self.position.step, self.state), self._cast():
-                        logits = logits_of(self.model(**only(self.takes, part)))[:, :-1].float()
+                    with room(self.plan, self.position.step, self.state), self._cast():
+                        logits = logits_of(model(**only(takes, part)))[:, :-1].float()
                     labels = part["labels"][:, 1:].flatten()
                     lost = nn.functional.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")
                     total += torch.stack([lost.double(), (labels != IGNORED).sum().double()])
         lost, count = self.world.total(total).tolist()
-        mean = lost / max(count, 1)
-        return math.exp(mean) if mean < 700 else math.inf
+        return float(lost / max(count, 1))
 
     def _cast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self.plan.bf16)
@@ -246,7 +279,7 @@ def _seed(seed: int, step: int, rank: int) -> None:
 
 
 @contextmanager
-def _room(plan: Plan, step: int, state: StateDirectory | None) -> Iterator[None]:
+def room(plan: Plan, step: int, state: StateDirectory | None) -> Iterator[None]:
     """Turn what an allocator says into what to lower."""
     try:
         yield

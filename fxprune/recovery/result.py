@@ -38,10 +38,14 @@ class RecoveryReport:
         trained_parameters: How many numbers were trained.
         parameters: Of the model.
         data: What was read: sources, examples, tokens, and a sketch of each source's text to tell overlap by.
-        teacher: The dense model that it learnt from, or None.
+        teacher: The dense model that it learnt from or was measured against, or None.
         choices: What was chosen where the settings say ``auto``.
         notes: What else to know.
         versions: Software and machine.
+        curriculum: None without one, or its settings with ``dense`` (the dense model's held-out loss on each source, in nats per
+            predicted token), ``measurements`` (see `fxprune.recovery.staged.StagedTraining`: losses, degradations, and the weights,
+            steps and tokens of each round) and ``final`` (every source, with the weights that were kept).
+            `fxprune.recovery.plot.plot_curriculum` draws it.
     """
 
     recipe: str
@@ -61,6 +65,7 @@ class RecoveryReport:
     choices: dict[str, Any]
     notes: list[str]
     versions: dict[str, str]
+    curriculum: dict[str, Any] | None = None
 
     @property
     def perplexity(self) -> tuple[float, float] | None:

@@ -15,27 +15,30 @@ from torch.fx import GraphModule
 from ..api import versions
 from ..checkpoint.save import check_target
 from ..checkpoint.source import load_source
-from ..data import Batches, Examples, Sources, packs_apart
+from ..data import Batches, Examples, Source, Sources, packs_apart
 from ..errors import UsageError
 from ..evaluation.perplexity import longest_input
 from ..mode import quiet, without_cache
 from ..passes.batches import Progress, logits_of
 from .adapters import merged, prepare, trained
-from .data import TrainingData, check_tokens, load_data, sources_of
+from .curriculum import Curriculum, plan_stages, refuse_unused
+from .data import TrainingData, check_tokens, load_data, load_stages, sources_of
 from .loop import Plan, Training
 from .memory import choose_sizes
 from .objective import check_teacher
 from .result import RecoveryReport, RecoveryResult
 from .settings import FREE, Recovery, settings_of
-from .state import StateDirectory
+from .staged import StagedTraining, StageRun, tokens_per_step
+from .state import Position, StateDirectory
 from .subject import Subject, find_subject, fingerprint, plan_name
 from .world import World, find_world
 
 
 def recover(
     target: Any,
-    data: Sources | Examples,
+    data: Sources | Examples | None = None,
     *,
+    curriculum: Curriculum | None = None,
     tokenizer: Any = None,
     recipe: str | Recovery = "default",
     teacher: str | os.PathLike[str] | nn.Module | None = None,
@@ -58,10 +61,14 @@ def recover(
             not changed.
         data: Text to train on, as for `fxprune.data.parse_sources` (``"alpaca.jsonl.gz"``, ``"a.jsonl=0.7,b.txt=0.3"``, a
             ``datasets`` name), or examples that were read already.
+        curriculum: Instead of data: stages of sources, and how often each source is read by what the pruned model has lost of it
+            (``fxprune.Curriculum``). ``samples`` and ``validation_samples`` are then of each source, what is kept is the round
+            with the least degradation, and the curriculum has a ``patience`` of its own.
         tokenizer: By default the target's.
         recipe: A name of `fxprune.recovery.settings.RECIPES`, or settings.
-        teacher: The dense model (a directory, a hub id or a module) for ``distill_weight`` and ``hidden_weight``.
-        validation: Text to measure on; by default examples held out of the data.
+        teacher: The dense model (a directory, a hub id or a module) for ``distill_weight`` and ``hidden_weight``, and for a
+            curriculum to measure degradation against.
+        validation: Text to measure on; by default examples held out of the data. With a curriculum it is for the report only.
         output: Where to write the checkpoint. The training state is kept beside it, in ``OUTPUT.recovering``, until that is done:
             the same call goes on after a kill with the same result. Without it nothing is written.
         overwrite: Replace an existing checkpoint there.
@@ -83,9 +90,10 @@ def recover(
     if settings.distils and teacher is None:
         name = "distill_weight" if settings.distill_weight else "hidden_weight"
         raise UsageError(f"{name} is {getattr(settings, name):g} and there is no teacher: pass the dense model, teacher=")
-    if teacher is not None and not settings.distils:
+    if teacher is not None and not settings.distils and curriculum is None:
         raise UsageError("there is a teacher and nothing to learn from it: set distill_weight or hidden_weight")
-    read, held = sources_of(data), None if validation is None else sources_of(validation)
+    read = _given(data, curriculum, teacher, overrides)
+    held = None if validation is None else sources_of(validation)
     if output is not None:
         check_target(output, overwrite=overwrite)
     if isinstance(data, Examples) and len(data):
@@ -96,9 +104,14 @@ def recover(
         if output is not None and not hasattr(subject.model, "save_pretrained") and (subject.pruned is None or _graph(subject)):
             raise UsageError("a GraphModule has no checkpoint form: leave output out, and keep result.model")
         world = find_world(_home(subject.model, device))
-        loaded = load_data(read, held, subject.tokenizer, settings, progress=progress if world.main else None)
-        check_tokens(loaded.train, subject.model)
-        recovery = _Recovery(settings, subject, loaded, world)
+        reading: dict[str, Any] = {"progress": progress if world.main else None}
+        if isinstance(read, Curriculum):
+            loaded = load_stages(read, held, subject.tokenizer, settings, **reading)
+        else:
+            loaded = load_data(read, held, subject.tokenizer, settings, **reading)
+        for part in loaded.parts:
+            check_tokens(part, subject.model)
+        recovery = _Recovery(settings, subject, loaded, world, curriculum)
         recovery.name = recipe if isinstance(recipe, str) else "own"
         stack.enter_context(torch.random.fork_rng(devices=[world.device.index] if world.device.type == "cuda" else []))
         dense = recovery.teacher(teacher, stack)
@@ -114,6 +127,27 @@ def recover(
                 state.remove()
             world.wait()
         return result
+
+
+def _given(
+    data: Sources | Examples | None, curriculum: Curriculum | None, teacher: Any, overrides: dict[str, Any]
+) -> tuple[Source, ...] | Examples | Curriculum:
+    """What to read: data or a curriculum."""
+    if curriculum is None:
+        if data is None:
+            raise UsageError("there is nothing to train on: give data, or curriculum=fxprune.Curriculum(...)")
+        return sources_of(data)
+    if data is not None:
+        raise UsageError("data and a curriculum are given: name the data in the curriculum's stages only")
+    if not isinstance(curriculum, Curriculum):
+        raise UsageError(f"curriculum is a fxprune.Curriculum, not a {type(curriculum).__name__}")
+    if curriculum.weights == "dynamic" and teacher is None:
+        raise UsageError(
+            "dynamic weights follow what the pruned model has lost against the dense one, and there is no teacher: pass the dense "
+            "model, teacher=, or say weights='static'"
+        )
+    refuse_unused(overrides)
+    return curriculum
 
 
 def _graph(subject: Subject) -> bool:
@@ -132,11 +166,13 @@ class _Recovery:
     subject: Subject
     data: TrainingData
     world: World
+    curriculum: Curriculum | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
         settings, model = self.settings, self.subject.model
-        self.notes: list[str] = []
+        self.notes: list[str] = list(self.data.account.get("overlaps", ()))
+        self.home: torch.device | None = None
         cuda = self.world.device.type == "cuda"
         self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
         self.packing = self._packing()
@@ -150,10 +186,7 @@ class _Recovery:
         settings, model = self.settings, self.subject.model
         if settings.packing == "off":
             return False
-        rows = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
-        with quiet(model):
-            apart = packs_apart(model, vocabulary=rows)
-        if apart:
+        if self._apart(model):
             return True
         why = "a graph takes the inputs it was traced with" if _graph(self.subject) else "its attention reads no position_ids"
         if settings.packing == "on":
@@ -163,6 +196,11 @@ class _Recovery:
         self.notes.append(f"not packed: the {type(model).__name__} does not keep packed examples apart ({why})")
         return False
 
+    def _apart(self, model: nn.Module) -> bool:
+        rows = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
+        with quiet(model):
+            return packs_apart(model, vocabulary=rows)
+
     def teacher(self, given: Any, stack: ExitStack) -> nn.Module | None:
         """The dense model in evaluation mode, on the device."""
         if given is None:
@@ -171,6 +209,7 @@ class _Recovery:
             model = given
         else:
             model, _ = load_source(given, dtype=next(self.subject.model.parameters()).dtype)
+        self.home = next(model.parameters()).device
         model = model.to(self.world.device)
         stack.enter_context(quiet(model))
         with quiet(self.subject.model):
@@ -181,11 +220,13 @@ class _Recovery:
         """What a training state belongs to."""
         held = self.data.held
         settings = {k: v for k, v in self.settings.to_json().items() if k not in FREE}
+        if self.curriculum is not None:
+            settings |= {f"the curriculum's {name}": value for name, value in self.curriculum.to_json().items()}
         return {
             **settings,
             "the model": fingerprint(self.subject.model),
             "its plan": plan_name(self.subject.plan),
-            "the data": self.data.train.fingerprint[:16],
+            "the data": self.data.fingerprint,
             "the validation data": "none" if held is None else held.fingerprint[:16],
             "the teacher": "none" if teacher is None else fingerprint(teacher),
             "bf16": self.bf16,
@@ -195,10 +236,9 @@ class _Recovery:
     def train(self, teacher: nn.Module | None, state: StateDirectory | None, progress: Progress | None) -> Training:
         """Run the loop."""
         settings, world = self.settings, self.world
-        batches, held = (
-            self._batches(self.data.train),
-            None if self.data.held is None else self._batches(self.data.held),
-        )
+        stages = self._stages(teacher)
+        batches = stages[0].batches if stages else self._batches(self.data.train)
+        held = None if self.data.held is None else self._batches(self.data.held)
         student = prepare(self.subject.model, settings, wide=not self.bf16)
         if not world.sharded:
             student = student.to(world.device)
@@ -210,11 +250,16 @@ class _Recovery:
             switch = getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")
             switch({"use_reentrant": False})
         compiled = settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda" and not world.sharded)
-        plan = Plan(settings, self._steps(len(batches)), sizes.micro, self.bf16, compiled)
+        steps = sum(stage.plan.steps for stage in stages) or self._steps(len(batches))
+        plan = Plan(settings, steps, sizes.micro, self.bf16, compiled)
         self.plan, self.sizes = plan, sizes
         self.trained = sum(p.numel() for p in trained(student).values())
         wrapped = world.wrap(student)
-        training = Training(student, wrapped, teacher, batches, held, plan, world, state, progress)
+        parts = (student, wrapped, teacher if settings.distils else None, batches, held, plan, world, state, progress)
+        if self.curriculum is None:
+            training = Training(*parts)
+        else:
+            training = StagedTraining(*parts, curriculum=self.curriculum, stages=stages, dense=teacher, home=self.home)
         with without_cache(student):
             self._try(student)
             training.run()
@@ -235,10 +280,30 @@ class _Recovery:
                 "recover the eager model"
             ) from error
 
-    def _batches(self, examples: Examples) -> Batches:
+    def _stages(self, dense: nn.Module | None) -> tuple[StageRun, ...]:
+        """The stages of the curriculum, none without one."""
+        if self.curriculum is None:
+            return ()
+        packing = self.packing and (dense is None or self._apart(dense))
+        batches = [self._batches(stage.train) for stage in self.data.stages]
+        own = self.curriculum.named()
+        lengths: dict[str, Any] = {
+            "epochs": [len(b) for b in batches],
+            "tokens": [b.examples.tokens for b in batches],
+            "per_step": [tokens_per_step(b, weights) for b, weights in zip(batches, own, strict=True)],
+        }
+        plans = plan_stages(self.curriculum, self.settings, **lengths)
+        held = [{n: self._batches(e, packing=packing) for n, e in stage.held.items()} for stage in self.data.stages]
+        if self.curriculum.weights == "dynamic":
+            alone = [f"{number} ({name})" for number, names in enumerate(own, 1) if len(names) == 1 for name in names]
+            self.notes += [f"stage {stage} has one source: dynamic weights have nothing to choose there" for stage in alone]
+        return tuple(StageRun(*parts) for parts in zip(batches, held, own, plans, strict=True))
+
+    def _batches(self, examples: Examples, *, packing: bool | None = None) -> Batches:
         tokenizer = self.subject.tokenizer
         pad = next((i for i in (getattr(tokenizer, n, None) for n in ("pad_token_id", "eos_token_id")) if i is not None), 0)
-        options: dict[str, Any] = {"batch_size": self.settings.batch_size, "length": self.length, "packing": self.packing}
+        packing = self.packing if packing is None else packing
+        options: dict[str, Any] = {"batch_size": self.settings.batch_size, "length": self.length, "packing": packing}
         return Batches(examples, pad_id=pad, seed=self.settings.seed, **options)
 
     def _steps(self, epoch: int) -> int:
@@ -284,8 +349,15 @@ class _Recovery:
             choices=choices,
             notes=self.notes,
             versions={**versions(), "peft": _version("peft"), "accelerate": _version("accelerate")},
+            curriculum=None if self.curriculum is None else self._lessons(position),
         )
         return RecoveryResult(model, report, self.subject.tokenizer, subject=self.subject)
+
+    def _lessons(self, position: Position) -> dict[str, Any]:
+        """The curriculum's part of the report."""
+        assert self.curriculum is not None
+        measured = {"dense": position.dense, "measurements": position.rounds, "final": position.final}
+        return {**self.curriculum.to_json(), "unit": "nats per predicted token", **measured}
 
 
 def _named(model: nn.Module) -> str:

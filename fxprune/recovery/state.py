@@ -38,6 +38,9 @@ class Position:
         best: Its validation perplexity.
         waited: Measurements since then.
         stopped: Why the run ended; empty while it goes on.
+        dense: With a curriculum, the dense model's held-out loss on each source.
+        rounds: With a curriculum, each measurement with the weights of the round that followed (`fxprune.recovery.staged`).
+        final: With a curriculum, the measurement of every source at the end.
     """
 
     step: int = 0
@@ -49,6 +52,9 @@ class Position:
     best: float | None = None
     waited: int = 0
     stopped: str = ""
+    dense: dict[str, float] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    final: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class StateDirectory:

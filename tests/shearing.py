@@ -1,0 +1,118 @@
+"""Tiny models with adapters for LHSPG: traced once, and set back to how they began before every use."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import fxprune
+from fxprune.groups import Groups
+
+from .zoo import build, tokens
+
+RANK = 5
+SCALE = 2.0
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BASE = "base_model.model.model.layers"
+IDS = {"input_ids": tokens(2, 7)}
+
+
+@functools.cache
+def _traced(
+    family: str,
+    targets: Sequence[str] | None,
+    changes: tuple[tuple[str, Any], ...],
+    options: tuple[tuple[str, Any], ...],
+    dtype: torch.dtype,
+) -> tuple[nn.Module, GraphModule, Groups, dict[str, Tensor]]:
+    model: Any = build(family, **dict(changes)).to(dtype)
+    if targets is not None:
+        config = LoraConfig(
+            r=RANK, lora_alpha=int(RANK * SCALE), target_modules=list(targets), task_type="CAUSAL_LM", **dict(options)
+        )
+        torch.manual_seed(1)
+        model = get_peft_model(model, config)
+    gm = fxprune.trace(model, IDS)
+    return model, gm, fxprune.find_groups(gm), {n: t.clone() for n, t in model.state_dict().items()}
+
+
+def fresh(
+    family: str = "llama",
+    targets: Sequence[str] | None = ALL,
+    *,
+    dtype: torch.dtype = torch.float32,
+    changes: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[Any, GraphModule, Groups]:
+    """(model, graph, groups), as they were at the start; without targets there is no adapter and everything is trained.
+
+    Args:
+        family: A key of `tests.zoo.ZOO`.
+        targets: Modules with an adapter.
+        dtype: Of the base weights.
+        changes: Of the family's configuration.
+        **options: Of peft's.
+    """
+    model, gm, groups, start = _traced(
+        family, targets, tuple(sorted((changes or {}).items())), tuple(sorted(options.items())), dtype
+    )
+    model.load_state_dict(start)
+    model.zero_grad()
+    return model.eval(), gm, groups
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """What an optimizer is given."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def batch(seed: int = 0, samples: int = 4, length: int = 12) -> dict[str, Tensor]:
+    """Random ids, and themselves to predict."""
+    ids = tokens(samples, length, seed=seed)
+    return {"input_ids": ids, "labels": ids}
+
+
+def train(
+    model: Any, optimizer: torch.optim.Optimizer, steps: int, *, start: int = 0, after: Callable[[int], object] | None = None
+) -> list[float]:
+    """The losses of some steps on three batches, one after another."""
+    losses = []
+    for step in range(start, start + steps):
+        loss = model(**batch(step % 3)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        if after is not None:
+            after(step)
+    return losses
+
+
+def logits(model: Any) -> Tensor:
+    """Of ids that were not trained on."""
+    with torch.no_grad():
+        out = model(input_ids=tokens(3, 11, seed=9))
+    found: Tensor = out[0] if isinstance(out, tuple) else out.logits
+    return found
+
+
+def slices(groups: Groups, units: dict[str, Tensor]) -> Iterable[Tensor]:
+    """Everything that some units own, of base weights and adapters."""
+    for name, own in units.items():
+        for member in groups[name].members:
+            if member.trainable:
+                tensor = groups.parameters[member.name].tensor
+                assert tensor is not None
+                yield tensor.detach().index_select(member.dim, member.indices(own))
+
+
+def named(groups: Groups, kind: str, layer: int) -> str:
+    """The group of a kind in a layer."""
+    (name,) = (n for n, g in groups.items() if (g.kind, g.layer) == (kind, layer))
+    return name

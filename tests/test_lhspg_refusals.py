@@ -1,0 +1,141 @@
+"""What LHSPG does not do, and how it says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fxprune
+from fxprune import LHSPG, Selection
+from fxprune.errors import PlanError, UsageError
+
+from .shearing import ALL, IDS, fresh, trained
+
+
+def made(model: Any, gm: Any, groups: Any, **more: Any) -> LHSPG:
+    return LHSPG(torch.optim.SGD(trained(model), lr=0.1), gm, groups, **{"ratio": 0.2, **more})
+
+
+def test_decomposed_adapters() -> None:
+    with pytest.raises(UsageError) as error:
+        made(*fresh(use_dora=True))
+    assert "lora_A.default.weight' and '" in str(error.value)
+    assert "are trained and share an axis of 5 with nothing else, as the factors of an adapter do" in str(error.value)
+    assert "LHSPG knows plain LoRA (W x + s B A x) only, and not DoRA (use_dora), AdaLoRA or other adapters" in str(error.value)
+
+
+def test_adapters_of_three_factors() -> None:
+    from peft import AdaLoraConfig, get_peft_model
+
+    from .zoo import build
+
+    config = AdaLoraConfig(
+        init_r=4, target_r=2, total_step=10, tinit=1, tfinal=1, target_modules=["up_proj"], task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(build("llama"), config)
+    gm = fxprune.trace(model.eval(), IDS)
+    with pytest.raises(UsageError, match=r"share an axis of 4 with nothing else, as the factors of an adapter do"):
+        made(model, gm, fxprune.find_groups(gm))
+
+
+def test_merged_adapters() -> None:
+    model, _, _ = fresh(targets=("gate_proj", "up_proj", "down_proj"))
+    model.merge_adapter()
+    gm = fxprune.trace(model, IDS)
+    model.unmerge_adapter()
+    with pytest.raises(UsageError, match="the optimizer trains no parameter of this graph: adapters that are merged or disabled"):
+        made(model, gm, fxprune.find_groups(gm))
+
+
+def test_frozen_weights_without_an_adapter() -> None:
+    model, gm, groups = fresh(targets=None)
+    norm = torch.optim.SGD([model.get_parameter("model.norm.weight")], lr=0.1)
+    with pytest.raises(UsageError, match=r"no prune group can be brought to zero; '.*' for one: "):
+        LHSPG(norm, gm, groups, ratio=0.2)
+
+
+def test_a_graph_of_another_model() -> None:
+    model, gm, groups = fresh()
+    _, other, _ = fresh(targets=("gate_proj", "up_proj"))
+    with pytest.raises(UsageError, match=r"the groups were found in another graph: '.*' is not this one's parameter"):
+        made(model, other, groups)
+    copy = fxprune.trace(fresh(targets=("gate_proj", "up_proj"))[0], IDS)
+    with pytest.raises(UsageError, match="a copy of the model has parameters of its own"):
+        made(model, copy, fxprune.find_groups(copy))
+    assert made(model, gm, groups).left_out
+
+
+def test_the_meta_device() -> None:
+    from .zoo import build
+
+    model = build("llama").to("meta")
+    gm = fxprune.trace(model, IDS)
+    with pytest.raises(UsageError, match=r"parameter '.*' is on the meta device: there are no weights to train"):
+        made(model, gm, fxprune.find_groups(gm))
+
+
+def test_something_else_than_an_optimizer() -> None:
+    model, gm, groups = fresh()
+    with pytest.raises(UsageError, match=r"expected a torch\.optim\.Optimizer to wrap, got list"):
+        LHSPG(trained(model), gm, groups, ratio=0.2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"warmup": -1}, "warmup must be a whole number, at least 0, got -1"),
+        ({"warmup": 0.5}, "warmup must be a whole number, at least 0, got 0.5"),
+        ({"periods": 0}, "periods must be a whole number, at least 1, got 0"),
+        ({"period_steps": True}, "period_steps must be a whole number, at least 1, got True"),
+        ({"projection": "halfspace"}, "unknown projection 'halfspace'; did you mean 'half-space'?"),
+        ({"penalty": -0.1}, "penalty must be 0 or a positive number, got -0.1"),
+        ({"epsilon": 1.0}, "epsilon must be at least 0 and below 1, got 1.0"),
+        ({"saliency": {"taylor3": 1}}, "unknown saliency criterion 'taylor3'; did you mean 'taylor2'?"),
+        ({"ratio": None}, "give either ratio= (share of the base model's parameters) or selection=, not both or neither"),
+        (
+            {"selection": Selection(ratio=0.1)},
+            "give either ratio= (share of the base model's parameters) or selection=, not both or neither",
+        ),
+        ({"ratio": 1.5}, "a ratio must lie between 0 and 1 (0.2 removes 20 %), got 1.5"),
+        (
+            {"ratio": None, "selection": Selection(ratio=0.1, ranking="global"), "protect": ("x",)},
+            "protect= goes with ratio=; a selection has protect of its own",
+        ),
+        (
+            {"ratio": None, "selection": Selection(ratio=0.1)},
+            "a selection by ratio needs ranking='global', not 'local' (a selection by units may have any)",
+        ),
+        (
+            {"ratio": None, "selection": Selection(ratio=0.1, ranking="global", kinds=("ffn", "layers"))},
+            "LHSPG brings units to zero, and kind 'layers' drops whole blocks: leave it out",
+        ),
+        (
+            {"ratio": None, "selection": Selection(units=0.1, kinds=("hidden",))},
+            "this model has no prunable group of kind hidden; it has ffn, head_dim, kv_heads, query_groups",
+        ),
+    ],
+)
+def test_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        made(*fresh(), **options)
+    assert message in str(error.value)
+
+
+def test_a_target_that_cannot_be_met_is_refused_before_any_training() -> None:
+    with pytest.raises(PlanError, match=r"a ratio of 60\.0% cannot be reached"):
+        made(*fresh(targets=ALL[:4]), ratio=0.6)
+    with pytest.raises(PlanError, match="nothing would be removed: the ratio is smaller than the smallest unit"):
+        made(*fresh(), ratio=1e-4)
+
+
+def test_protections_that_match_nothing() -> None:
+    with pytest.raises(UsageError, match="protect='nowhere' matches no group and no block"):
+        made(*fresh(), protect=("nowhere",))
+
+
+def test_a_plan_before_anything_is_zero() -> None:
+    optimizer = made(*fresh(), warmup=7)
+    with pytest.raises(UsageError, match="no unit is zero after step 0: the first period begins after 7 steps"):
+        optimizer.plan()
