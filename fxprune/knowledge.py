@@ -210,7 +210,7 @@ class Knowledge:
         try:
             return cls.from_json(data)
         except UsageError as error:
-            raise UsageError(f"'{os.fspath(path)}': {error}") from error
+            raise UsageError(f"'{os.fspath(path)}' cannot be used: {error}") from error
 
     def plot(self, path: str | os.PathLike[str], protect: float = 0.0) -> None:
         """Draw what every group and block is worth over the depth, a line for each kind.

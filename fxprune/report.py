@@ -71,9 +71,11 @@ def _row(name: str, before: float, after: float, form: str) -> list[str]:
 def _proof(data: Mapping[str, Any]) -> str:
     lines = ["## Proof\n"]
     if check := data.get("verify"):
+        rounding = check.get("rounding")
+        wide = "" if rounding is None else f"; in float64: in its own precision rounding makes {rounding:.1e} of it"
         lines.append(
             f"- Rewritten graph against the {check['reference']}: relative error **{check['max_rel_error']:.1e}** "
-            f"(allowed {check['tolerance']:.0e}).\n"
+            f"(allowed {check['tolerance']:.0e}{wide}).\n"
         )
     else:
         lines.append("- Verification was switched off.\n")

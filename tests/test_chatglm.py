@@ -281,8 +281,9 @@ def test_the_recipe_in_one_call() -> None:
 # No model is known by name.
 
 SOURCES = sorted({p.resolve() for folder in ("fxprune", "passes") for p in (Path(__file__).parents[1] / folder).rglob("*.py")})
-ALLOWED = {"codegen", "clip", "encoderdecoder"}
-"""Names of model families that mean something else here: torch's ``CodeGen`` and ``clip_grad_norm_``, ``is_encoder_decoder``."""
+ALLOWED = {"align", "codegen", "clip", "encoderdecoder"}
+"""Names of model families that mean something else here: torch's ``CodeGen`` and ``clip_grad_norm_``, ``is_encoder_decoder``,
+matplotlib's ``align``."""
 
 
 def _code_words(source: str) -> Iterator[str]:

@@ -138,4 +138,4 @@ def test_a_wrong_network_is_not_written(run: Run, monkeypatch: pytest.MonkeyPatc
     ran = run("prune", "dense", "-o", "out", "--ratio", "0.2", *PLAIN)
     assert (ran.status, ran.out) == (1, "")
     assert "fxprune: the pruned network differs from its reference (masked dense): relative error " in ran.said
-    assert ran.said.endswith("allowed 1e-04; nothing was written")
+    assert ran.said.endswith("allowed 1e-06; nothing was written")

@@ -211,7 +211,7 @@ def test_importance(tmp_path: Path) -> None:
         ("taylor1", 640, 10),
         ("taylor1", 640, 5),
         ("taylor2", 640, 10),
-        ("kfac", 1024, 8),
+        ("kfac", 1024, 4),
         ("kfac", 1024, 2),
     ]
     for row in (*scored, pruned):

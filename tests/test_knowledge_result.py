@@ -160,7 +160,7 @@ def test_a_file_that_holds_something_else(data: Any, said: str, tmp_path: Path) 
     with pytest.raises(UsageError) as caught:
         Knowledge.load(tmp_path / "a.json")
     assert said in str(caught.value)
-    assert "a.json': " in str(caught.value)
+    assert "a.json' cannot be used: " in str(caught.value)
 
 
 def test_a_file_that_cannot_be_read_or_written(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fxprune.passes.dependency import find_groups
 from fxprune.passes.rewrite import rewrite
 from fxprune.passes.verify import verify
 from fxprune.plan import PrunePlan
+from fxprune.report import _proof
 
 from .masking import RUN, prunable, some, traced
 from .zoo import VOCABULARY, build, tokens
@@ -195,7 +196,7 @@ def test_amplified_rounding_is_no_error() -> None:
     assert report.rounding is not None
     assert report.rounding > 1e-4
     assert report.max_rel_error < 1e-9
-    assert (report.tolerance, report.reference) == (1e-6, "masked dense, in float64")
+    assert (report.tolerance, report.reference) == (1e-6, "masked dense")
     for module in (gm, small):
         for parameter in module.parameters():
             pointer, values = before[id(parameter)]
@@ -234,3 +235,12 @@ def test_where_float64_cannot_be_run_the_first_word_counts() -> None:
     report = verify(gm, rewrite(gm, plan), plan, x)
     assert (report.ok, report.rounding, report.tolerance) == (False, None, 1e-4)
     assert {p.dtype for p in gm.parameters()} == {torch.float32}
+
+
+def test_rounding_is_said() -> None:
+    gm, small, plan, x = chaotic()
+    found = verify(gm, small, plan, x).to_json()
+    text = _proof({"verify": found, "form": "uniform"})
+    assert f"(allowed 1e-06; in float64: in its own precision rounding makes {found['rounding']:.1e} of it)." in text
+    gm, small, plan, x = chaotic(torch.float64)
+    assert "(allowed 1e-08)." in _proof({"verify": verify(gm, small, plan, x).to_json(), "form": "uniform"})

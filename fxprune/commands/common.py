@@ -95,7 +95,10 @@ def show_result(result: PruneResult) -> None:
     for line in describe_widths(report.widths, report.dropped):
         console.print(f"  {line}")
     if report.verify is not None:
-        console.print(f"verified    relative error {report.verify.max_rel_error:.1e} against the {report.verify.reference}")
+        wide = (
+            "" if report.verify.rounding is None else f", in float64 ({report.verify.rounding:.1e} with the model's own rounding)"
+        )
+        console.print(f"verified    relative error {report.verify.max_rel_error:.1e} against the {report.verify.reference}{wide}")
     if report.eager_error is not None:
         console.print(f"eager model relative error {report.eager_error:.1e} against the rewritten graph; form: {report.form}")
     if report.note:
