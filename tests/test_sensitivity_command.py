@@ -284,7 +284,10 @@ def test_refused(arguments: tuple[str, ...], said: str, run: Run) -> None:
             "--protect-share is a share of what fxprune sensitivity measured: name its file with --knowledge",
         ),
         (("--knowledge", "missing.json"), "cannot read 'missing.json': No such file or directory"),
-        (("--knowledge", "foreign.json"), "'foreign.json': this is not knowledge of format 1, as fxprune sensitivity writes it"),
+        (
+            ("--knowledge", "foreign.json"),
+            "'foreign.json' cannot be used: this is not knowledge of format 1, as fxprune sensitivity writes it",
+        ),
         (
             ("--knowledge", "FILE", "--protect-share", "2"),
             "--protect-share must lie between 0 and 1 (0.1 protects a tenth), got 2.0",
