@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
-from .errors import UsageError
+from .errors import FxPruneError, UsageError
 
 
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
+def write_whole(path: str | os.PathLike[str], text: str, *, called: str = "", error: type[FxPruneError] = UsageError) -> None:
     """Write a file in one step: beside it, flushed to the disk, then renamed.
 
     Args:
         path: The file; its directory must exist.
         text: All that is to be in it, in UTF-8.
+        called: What it is, for the message: ``the plan``.
+        error: What to raise.
 
     Raises:
-        UsageError: It cannot be written; what was there before is as it was.
+        FxPruneError: The given kind: it cannot be written; what was there before is as it was.
     """
     target = Path(path)
     beside = target.with_name(f".{target.name}.{os.getpid()}")
@@ -29,5 +33,19 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
             beside.replace(target)
         finally:
             beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write '{os.fspath(path)}': {error.strerror}") from error
+    except OSError as failure:
+        raise error(f"cannot write {called and called + ' '}'{os.fspath(path)}': {failure.strerror}") from failure
+
+
+def read_json(path: str | os.PathLike[str], *, called: str = "", error: type[FxPruneError] = UsageError) -> Any:
+    """Plain data out of a JSON file.
+
+    Raises:
+        FxPruneError: The given kind: it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as failure:
+        raise error(f"cannot read {called and called + ' '}'{os.fspath(path)}': {failure.strerror}") from failure
+    except ValueError as failure:
+        raise error(f"'{os.fspath(path)}' is not JSON: {failure}") from failure

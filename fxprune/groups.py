@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 KINDS = ("kv_heads", "query_groups", "head_dim", "ffn", "experts", "hidden", "channels", "other")
 """What an axis can be: inferred from the operators it meets, never from module names."""
 
+LAYERS = "layers"
+"""Beside the kinds of groups: whole residual blocks."""
+
 
 @dataclass(frozen=True, eq=False)
 class Member:

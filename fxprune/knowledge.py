@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -18,11 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import UsageError, nearest
-from .files import write_whole
-from .groups import Groups, family_of
+from .files import read_json, write_whole
+from .groups import LAYERS, Groups, family_of
 
 FORMAT = 1
-LAYERS = "layers"
 WIDE = 10
 """How far above the middle the largest cost lies where a plot's scale is logarithmic."""
 
@@ -201,12 +199,7 @@ class Knowledge:
         Raises:
             UsageError: The file is missing, is no JSON, or holds something else.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"cannot read '{os.fspath(path)}': {error.strerror}") from error
-        except ValueError as error:
-            raise UsageError(f"'{os.fspath(path)}' is not JSON: {error}") from error
+        data = read_json(path)
         try:
             return cls.from_json(data)
         except UsageError as error:

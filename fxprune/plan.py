@@ -6,13 +6,13 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .errors import PlanError, nearest
+from .files import read_json, write_whole
 
 if TYPE_CHECKING:
     from .groups import Groups
@@ -87,6 +87,16 @@ class PrunePlan:
         )
         plan.check(groups)
         return plan
+
+    @classmethod
+    def from_removed(cls, groups: Groups, gone: Mapping[str, Tensor], *, recipe: Mapping[str, Any] | None = None) -> PrunePlan:
+        """A plan from the units that go, as `removed` gives them; raises as `from_keep`."""
+        keep = {}
+        for name, units in gone.items():
+            stays = torch.ones(groups[name].size, dtype=torch.bool)
+            stays[units] = False
+            keep[name] = stays.nonzero().flatten()
+        return cls.from_keep(groups, keep, recipe=recipe)
 
     def check(self, groups: Groups) -> None:
         """Raise `PlanError` unless the plan fits this model exactly."""
@@ -190,16 +200,11 @@ class PrunePlan:
         Raises:
             PlanError: The file cannot be written, or the recipe holds something that is no JSON.
         """
-        beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
         try:
             text = json.dumps(self.to_json(), indent=1) + "\n"
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
         except TypeError as error:
             raise PlanError(f"the plan's recipe cannot be written as JSON: {error}") from error
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise PlanError(f"cannot write the plan '{path}': {error.strerror}") from error
+        write_whole(path, text, called="the plan", error=PlanError)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PrunePlan:
@@ -208,13 +213,7 @@ class PrunePlan:
         Raises:
             PlanError: The file is missing, is no JSON, or is no plan.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(f"cannot read the plan '{path}': {error.strerror}") from error
-        except ValueError as error:
-            raise PlanError(f"'{path}' is not JSON: {error}") from error
-        return cls.from_json(data)
+        return cls.from_json(read_json(path, called="the plan", error=PlanError))
 
 
 def _expect(data: Any, key: str, kind: type) -> Any:

@@ -16,13 +16,13 @@ from .calibration import Calibration, load_calibration
 from .criteria import Criterion, UserCriterion, check_aggregation, find_criterion
 from .data.overlap import Sketch
 from .errors import PlanError, UsageError, nearest
-from .groups import Groups
+from .groups import LAYERS, Groups
 from .passes.batches import Loss, Progress
 from .passes.compensation import check_compensation
 from .passes.importance import score
 from .passes.influence import block_influence
 from .passes.masking import unfit
-from .passes.selection import LAYERS, Selection, lanes_of, select
+from .passes.selection import Selection, lanes_of, select
 from .passes.sensitivity import measure_curves
 from .plan import PrunePlan
 from .recipes import SETTINGS, RecipeLike, read_recipe

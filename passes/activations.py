@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ..errors import FxPruneError
-from .batches import Batch, Loss, Progress, flat_arguments, rows_of
-from .consumers import Consumer, counted_rows
+from .batches import Batch, Loss, Progress, counted_rows, flat_arguments, rows_of
+from .consumers import Consumer
 
 
 @dataclass

@@ -128,3 +128,30 @@ def causal_loss(outputs: Any, batch: Batch) -> Tensor:
     if "labels" not in batch and "attention_mask" in batch:
         target = target.masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten(), ignore_index=-100)
+
+
+def counted_rows(value: Tensor, batch: Batch) -> Tensor:
+    """The tokens of an activation ``[.., features]`` as rows ``[tokens, features]``, without those that are padding."""
+    mask = batch.get("attention_mask")
+    rows = value.reshape(-1, value.shape[-1])
+    if mask is not None and mask.dim() == 2 and value.shape[:-1] in (mask.shape, (mask.numel(),)):  # or tokens flattened
+        return rows[mask.to(value.device).bool().flatten()]
+    return rows
+
+
+def predictions(output: Any, batch: Batch) -> Tensor:
+    """Logarithms of the predicted probabilities, a row for each token that is no padding.
+
+    Raises:
+        UsageError: There are no logits.
+    """
+    needed = "divergence compares predictions, and the model gives no logits: say by='loss' and pass loss="
+    logits = logits_of(output, needed)
+    if logits.dim() < 2:
+        raise UsageError(needed)
+    return torch.log_softmax(counted_rows(logits, batch).float(), -1)
+
+
+def kl_divergence(found: Tensor, wanted: Tensor) -> Tensor:
+    """KL(wanted || found) of two `predictions`, the mean over rows: a scalar, in nats."""
+    return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / len(wanted)

@@ -25,8 +25,8 @@ from ..rules.registry import bind
 from ..spaces import kept
 from .activations import collect_moments
 from .base import Pass
-from .batches import Batch, Progress, warn_of_padding
-from .consumers import Consumer, columns, contraction, counted_rows, features_of, find_consumers, weight_of
+from .batches import Batch, Progress, counted_rows, warn_of_padding
+from .consumers import Consumer, columns, contraction, features_of, find_consumers, weight_of
 from .dependency import PLAN, groups_of
 from .least_squares import Gram, Solution, fit_map, sum_gram
 from .rewrite import DENSE

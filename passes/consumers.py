@@ -17,7 +17,6 @@ from torch.fx import GraphModule, Node
 from ..groups import Groups
 from ..rules.registry import bind
 from ..spaces import Axis
-from .batches import Batch
 from .inference import axes_of, tensor_list
 
 aten: Any = torch.ops.aten
@@ -85,15 +84,6 @@ def contraction(node: Node) -> tuple[Node, Node, int] | None:
     if not isinstance(operand, Node) or not isinstance(weight, Node) or weight.op != "get_attr":
         return None
     return operand, weight, dim
-
-
-def counted_rows(value: Tensor, batch: Batch) -> Tensor:
-    """The tokens of an activation ``[.., features]`` as rows ``[tokens, features]``, without those that are padding."""
-    mask = batch.get("attention_mask")
-    rows = value.reshape(-1, value.shape[-1])
-    if mask is not None and mask.dim() == 2 and value.shape[:-1] in (mask.shape, (mask.numel(),)):  # or tokens flattened
-        return rows[mask.to(value.device).bool().flatten()]
-    return rows
 
 
 def columns(weight: Tensor, dim: int) -> Tensor:

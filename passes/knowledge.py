@@ -21,15 +21,15 @@ from torch.fx.passes.infra.pass_base import PassResult
 from ..blocks import Block
 from ..criteria import Criterion, UserCriterion, find_criterion
 from ..errors import FxPruneError, UsageError, nearest
-from ..groups import KINDS, Groups, PruneGroup, layer_of
-from ..knowledge import LAYERS, Knowledge, Removal, plain
+from ..groups import KINDS, LAYERS, Groups, PruneGroup, layer_of
+from ..knowledge import Knowledge, Removal, plain
 from .base import Pass
-from .batches import Batch, Loss, Progress, causal_loss, rows_of, warn_of_padding
+from .batches import Batch, Loss, Progress, causal_loss, kl_divergence, predictions, rows_of, warn_of_padding
 from .dependency import groups_of
 from .importance import SCORES, score
 from .masking import unfit, without
 from .measuring import State, digest
-from .sensitivity import MEASURES, predictions
+from .sensitivity import MEASURES
 from .stepper import Compute, Stepper
 
 KNOWLEDGE = "fxprune.knowledge"
@@ -261,9 +261,7 @@ class _Run:
         if probe.block is not None:
             return place[self.named[probe.block.source]] + 1
         assert probe.group is not None
-        names = {m.name for m in probe.group.members if m.trainable}
-        reads = [node for node in self.stepper.nodes if node.op == "get_attr" and str(node.target) in names]
-        return min(place[user] for node in reads for user in node.users)
+        return min(self.stepper.first_use[m.name] for m in probe.group.members if m.trainable)
 
     def _behind(
         self, states: Sequence[dict[Node, Any]], place: int, instead: Sequence[Mapping[Node, Compute]] = ()
@@ -276,10 +274,7 @@ class _Run:
             if first:
                 self.dense.append(predictions(out, batch))
             elif self.diverging:
-                found, wanted = predictions(out, batch), self.dense[i]
-                diverged += (
-                    float(torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)) / len(wanted) * self.rows[i]
-                )
+                diverged += float(kl_divergence(predictions(out, batch), self.dense[i])) * self.rows[i]
         return total / sum(self.rows), diverged / sum(self.rows) if self.diverging else None
 
 

@@ -19,7 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,17 +29,14 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..errors import PlanError, UsageError, nearest
-from ..groups import KINDS, Groups, PruneGroup, layer_of
+from ..groups import KINDS, LAYERS, Groups, PruneGroup, layer_of
 from ..plan import PrunePlan
-from ..spaces import Axis, Concat, Product, Space, kept_size, resolve
 from .base import Pass
+from .budget import Lane, Meter, Whole, fill, stop_at
 from .dependency import PLAN, groups_of
 from .importance import SCORES
 from .sensitivity import CURVES, Curve, Curves
 
-Whole: TypeAlias = npt.NDArray[np.int64]
-
-LAYERS = "layers"
 DEFAULT_KINDS = ("kv_heads", "query_groups", "ffn")
 RANKINGS = ("local", "global", "standardised", "measured")
 WIDTHS = ("uniform", "per-layer")
@@ -181,17 +178,6 @@ def _given(selection: Selection | None, options: Mapping[str, Any]) -> Selection
     return selection or Selection(**options)
 
 
-@dataclass
-class _Lane:
-    """Groups (or blocks) that shrink together, and the counts they may stop at, falling; it is called as the group or family is."""
-
-    label: str
-    kind: str
-    names: list[str]
-    size: int
-    stops: range
-
-
 def select(
     groups: Groups,
     scores: Mapping[str, Tensor],
@@ -232,9 +218,9 @@ def select(
     ranked = {n: torch.argsort(scores[n], stable=True) for lane in lanes if lane.kind != LAYERS for n in lane.names}
     blocks = _ranked_blocks(groups, chosen, block_scores)
     if chosen.units is not None:
-        stops = [_stop_at(lane, chosen.share_of(lane.kind)) for lane in lanes]
+        stops = [stop_at(lane, chosen.share_of(lane.kind)) for lane in lanes]
     else:
-        stops = _fill(_Meter(groups, lanes, blocks), _steps(groups, lanes, chosen, scores, curves), float(chosen.ratio or 0))
+        stops = fill(Meter(groups, lanes, blocks), _steps(groups, lanes, chosen, scores, curves), float(chosen.ratio or 0))
     keep, drop = _materialise(groups, lanes, stops, ranked, blocks)
     removed = 1 - groups.remaining({n: len(u) for n, u in keep.items()}, drop) / groups.total
     facts: dict[str, Any] = {**chosen.to_json(), **(recipe or {}), "removed": round(removed, 6)}
@@ -247,7 +233,7 @@ def select(
     return PrunePlan.from_keep(groups, keep, drop=drop, recipe=facts, scores=dict(scores))
 
 
-def _with_curves(lanes: Sequence[_Lane], curves: Curves | None, notes: list[str]) -> list[_Lane]:
+def _with_curves(lanes: Sequence[Lane], curves: Curves | None, notes: list[str]) -> list[Lane]:
     """The lanes whose loss was measured; the others stay whole, and a note says so."""
     if any(lane.kind == LAYERS for lane in lanes):
         raise UsageError(NO_LAYERS.format("measured"))
@@ -263,7 +249,7 @@ def _with_curves(lanes: Sequence[_Lane], curves: Curves | None, notes: list[str]
     return found
 
 
-def _check_scores(groups: Groups, lanes: Sequence[_Lane], scores: Mapping[str, Tensor]) -> None:
+def _check_scores(groups: Groups, lanes: Sequence[Lane], scores: Mapping[str, Tensor]) -> None:
     for name in (n for lane in lanes if lane.kind != LAYERS for n in lane.names):
         if name not in scores:
             raise UsageError(f"there are no scores for group '{name}'; score the model first")
@@ -321,7 +307,7 @@ def lanes_of(groups: Groups, selection: Selection) -> dict[str, list[str]]:
     return {lane.label: list(lane.names) for lane in _lanes(groups, selection) if lane.kind != LAYERS}
 
 
-def _lanes(groups: Groups, chosen: Selection) -> list[_Lane]:
+def _lanes(groups: Groups, chosen: Selection) -> list[Lane]:
     eligible = _eligible(groups, chosen)
     wanted = [k for k, pace in chosen.pace.items() if pace > 0]
     have = {g.kind for g in groups.values() if g.prunable}
@@ -329,13 +315,13 @@ def _lanes(groups: Groups, chosen: Selection) -> list[_Lane]:
         raise UsageError(
             f"this model has no prunable group of kind {', '.join(wanted)}; it has {', '.join(sorted(have)) or 'none'}"
         )
-    lanes: dict[tuple[str, int], _Lane] = {}
+    lanes: dict[tuple[str, int], Lane] = {}
     for group in eligible:
         key = (group.family if chosen.widths == "uniform" else group.name, group.size)
         if key not in lanes:
             taken = key[0] in (other for other, _ in lanes)  # a family of groups of several sizes
             label = f"{key[0]} ({group.size} units)" if taken else key[0]
-            lanes[key] = _Lane(label, group.kind, [], group.size, _stops(group, chosen))
+            lanes[key] = Lane(label, group.kind, [], group.size, _stops(group, chosen))
         lanes[key].names.append(group.name)
     if chosen.widths == "uniform":
         _check_uniform(groups, eligible)
@@ -344,7 +330,7 @@ def _lanes(groups: Groups, chosen: Selection) -> list[_Lane]:
             raise UsageError("this model has no residual block that can be dropped whole")
         blocks, n = _open_blocks(groups, chosen), len(groups.blocks)
         room = sum(_room(groups, blocks, chosen).values())
-        lanes["", 0] = _Lane(LAYERS, LAYERS, blocks, n, range(n - 1, n - room - 1, -1))
+        lanes["", 0] = Lane(LAYERS, LAYERS, blocks, n, range(n - 1, n - room - 1, -1))
     return list(lanes.values())
 
 
@@ -411,7 +397,7 @@ def _ranked_blocks(groups: Groups, chosen: Selection, block_scores: Mapping[str,
     return first + rest
 
 
-def _steps(groups: Groups, lanes: Sequence[_Lane], chosen: Selection, scores: Mapping[str, Tensor], curves: Curves | None) -> Whole:
+def _steps(groups: Groups, lanes: Sequence[Lane], chosen: Selection, scores: Mapping[str, Tensor], curves: Curves | None) -> Whole:
     """Each step's lane, in order of priority; the steps of one lane are in order, one for each of its stops."""
     priorities: list[npt.NDArray[np.float64]] = [np.empty(0)]
     for lane in lanes:
@@ -437,23 +423,23 @@ def _steps(groups: Groups, lanes: Sequence[_Lane], chosen: Selection, scores: Ma
     return order
 
 
-def _rising(lane: _Lane, scores: Mapping[str, Tensor]) -> list[Tensor]:
+def _rising(lane: Lane, scores: Mapping[str, Tensor]) -> list[Tensor]:
     return [scores[n].double().cpu().sort().values for n in lane.names]
 
 
-def _importance(lane: _Lane, scores: Mapping[str, Tensor]) -> npt.NDArray[np.float64]:
+def _importance(lane: Lane, scores: Mapping[str, Tensor]) -> npt.NDArray[np.float64]:
     """The importance that goes with the first 0, 1, 2, ... units of each of the lane's groups."""
     return np.append(0.0, torch.stack(_rising(lane, scores)).sum(0).numpy().cumsum())
 
 
-def _standardised(lane: _Lane, scores: Mapping[str, Tensor]) -> npt.NDArray[np.float64]:
+def _standardised(lane: Lane, scores: Mapping[str, Tensor]) -> npt.NDArray[np.float64]:
     """The score of each next unit in standard deviations from its group's mean; the mean over the lane's groups."""
     steps = [(s - s.mean()) / s.std().clamp_min(1e-30) if len(s) > 1 else s - s for s in _rising(lane, scores)]
     found: npt.NDArray[np.float64] = torch.stack(steps).mean(0).numpy()
     return found
 
 
-def _measured(lane: _Lane, curves: Curves) -> npt.NDArray[np.float64]:
+def _measured(lane: Lane, curves: Curves) -> npt.NDArray[np.float64]:
     """The loss that the first 0, 1, 2, ... units of the lane's groups cost: the lower convex hull of what was measured."""
     total = np.zeros(lane.size + 1)
     for points in map(_hull, _curves_of(lane, curves)):
@@ -462,7 +448,7 @@ def _measured(lane: _Lane, curves: Curves) -> npt.NDArray[np.float64]:
     return total
 
 
-def _curves_of(lane: _Lane, curves: Curves) -> list[Curve]:
+def _curves_of(lane: Lane, curves: Curves) -> list[Curve]:
     """The lane's own curve, or those of its groups."""
     return [curves[name] for name in ([lane.label] if lane.label in curves else lane.names)]
 
@@ -477,115 +463,8 @@ def _hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return hull
 
 
-class _Meter:
-    """Parameters that are left when each lane has taken so many of its steps: exact, and quick.
-
-    Parameters of one layout (the same expression over other axes, as in every layer) are counted together.
-    """
-
-    def __init__(self, groups: Groups, lanes: Sequence[_Lane], blocks: Sequence[str]) -> None:
-        self.lanes, self.total = lanes, groups.total
-        lane_of = {groups[n].axis: i for i, lane in enumerate(lanes) if lane.kind != LAYERS for n in lane.names}
-        last = next((i for i, lane in enumerate(lanes) if lane.kind == LAYERS), None)
-        self.layers = last
-        gone_after: dict[str, int] = {}
-        for i, path in enumerate(blocks if last is not None else ()):
-            for name in groups.parameters_of([path]):
-                gone_after.setdefault(name, i + 1)
-        alike: dict[Any, tuple[list[Space], list[Axis], list[list[int]], list[int]]] = {}
-        for name, value in groups.parameters.items():
-            seen: dict[Axis, int] = {}
-            layout = tuple(_layout(space, seen) for space in value)
-            _, _, rows, gone = alike.setdefault(layout, (list(value), list(seen), [], []))
-            rows.append([lane_of.get(axis, -1) for axis in seen])
-            gone.append(gone_after.get(name, len(blocks) + 1))
-        self.alike = [
-            (dims, axes, np.array(rows, dtype=np.int64).reshape(len(rows), -1), np.array(gone))
-            for dims, axes, rows, gone in alike.values()
-        ]
-
-    def stops(self, taken: Whole) -> list[int | None]:
-        """Units kept by each lane, None where no step was taken."""
-        return [lane.stops[n - 1] if n else None for lane, n in zip(self.lanes, taken.tolist(), strict=True)]
-
-    def left(self, taken: Whole) -> int:
-        """Parameters left."""
-        counts = np.array(
-            [lane.size if s is None else s for lane, s in zip(self.lanes, self.stops(taken), strict=True)], dtype=np.int64
-        )
-        dropped = 0 if self.layers is None else self.lanes[self.layers].size - int(counts[self.layers])
-        total = 0
-        for dims, axes, rows, gone in self.alike:
-            table: dict[Axis, Any] = {}
-            for i, axis in enumerate(axes):
-                lane = rows[:, i]
-                table[axis] = np.where(lane < 0, axis.size, counts[lane]) if len(counts) else np.full(len(rows), axis.size)
-            size = math.prod(cast(int, kept_size(space, table.__getitem__)) for space in dims)
-            total += int((size * (gone > dropped)).sum())
-        return total
-
-
-def _layout(space: Space, seen: dict[Axis, int]) -> Any:
-    """The expression of a space with its axes numbered as they come."""
-    space = resolve(space)
-    match space:
-        case Axis():
-            return (seen.setdefault(space, len(seen)), space.size)
-        case Product(factors=children):
-            return ("x", *(_layout(c, seen) for c in children))
-        case Concat(parts=children):
-            return ("+", *(_layout(c, seen) for c in children))
-        case _:
-            return "?"
-
-
-def _fill(meter: _Meter, steps: Whole, ratio: float) -> list[int | None]:
-    """Take steps in order while the target is not exceeded; a lane that would overshoot stops. Returns each lane's stop."""
-    lanes, target = len(meter.lanes), (1 - ratio) * meter.total
-
-    def after(base: Whole, prefix: Whole) -> Whole:
-        return base + np.bincount(prefix, minlength=lanes)
-
-    taken: Whole = np.zeros(lanes, dtype=np.int64)
-    everything, todo = after(taken, steps), steps
-    candidates: list[tuple[float, Whole]] = []
-    while True:
-        low, high = 0, len(todo)  # the longest prefix that does not exceed the target
-        while low < high:
-            middle = (low + high + 1) // 2
-            if meter.left(after(taken, todo[:middle])) >= target:
-                low = middle
-            else:
-                high = middle - 1
-        taken = after(taken, todo[:low])
-        gap = meter.left(taken) - target
-        candidates.append((abs(gap), taken))
-        if low == len(todo):
-            break
-        over = after(taken, todo[low : low + 1])
-        candidates.append((abs(meter.left(over) - target), over))
-        if gap <= 5e-4 * meter.total:
-            break
-        todo = todo[low:][todo[low:] != todo[low]]
-    best = min(candidates, key=lambda c: c[0])[1]  # the first of equals
-    if meter.left(everything) - target > 1e-3 * meter.total:  # not even with every step
-        raise PlanError(
-            f"a ratio of {ratio:.1%} cannot be reached: with these kinds, protections, floor and multiple at most "
-            f"{1 - meter.left(best) / meter.total:.1%} of the parameters can go"
-        )
-    return meter.stops(best)
-
-
-def _stop_at(lane: _Lane, share: float) -> int | None:
-    """The stop nearest to a share of removed units."""
-    wanted = lane.size * (1 - share)
-    options = [lane.size, *lane.stops]
-    stop = min(options, key=lambda s: (abs(s - wanted), -s))
-    return None if stop == lane.size else stop
-
-
 def _materialise(
-    groups: Groups, lanes: Sequence[_Lane], stops: Sequence[int | None], ranked: Mapping[str, Tensor], blocks: Sequence[str]
+    groups: Groups, lanes: Sequence[Lane], stops: Sequence[int | None], ranked: Mapping[str, Tensor], blocks: Sequence[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
     keep: dict[str, Tensor] = {}
     drop: list[str] = []

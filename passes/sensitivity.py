@@ -22,9 +22,9 @@ from ..errors import FxPruneError, UsageError, nearest
 from ..groups import Groups, PruneGroup
 from ..plan import PrunePlan
 from .base import Pass
-from .batches import Batch, Loss, Progress, causal_loss, logits_of, rows_of, warn_of_padding
+from .batches import Batch, Loss, Progress, causal_loss, counted_rows, kl_divergence, predictions, rows_of, warn_of_padding
 from .compensation import fit, put_out
-from .consumers import Consumer, counted_rows, features_of, sole_readers, weight_of
+from .consumers import Consumer, features_of, sole_readers, weight_of
 from .dependency import groups_of
 from .importance import SCORES
 from .least_squares import Gram, choose_ridge, solve, sum_gram
@@ -234,9 +234,7 @@ class _Run:
             known[id(batch)] = predictions(self.stepper.advance(self.stepper.begin(batch), 0, self.end), batch)
 
         def divergence(output: Any, batch: Batch) -> Tensor:
-            wanted = known[id(batch)]
-            found = predictions(output, batch)
-            return torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / len(wanted)
+            return kl_divergence(predictions(output, batch), known[id(batch)])
 
         self.loss = divergence
 
@@ -292,8 +290,7 @@ class _Run:
 
     def _places(self, probes: Sequence[_Probe]) -> Iterator[tuple[_Probe, int, Sequence[dict[Node, Any]], Gram | None]]:
         """Each probe in graph order, with the place that it is run from, the states there, and X^T X of what its map reads."""
-        place = {node: i for i, node in enumerate(self.stepper.nodes)}
-        first_use = {str(n.target): min((place[u] for u in n.users), default=place[n]) for n in place if n.op == "get_attr"}
+        place, first_use = self.stepper.place, self.stepper.first_use
 
         def start(probe: _Probe) -> int:
             reader = self.readers.get(probe.group)
@@ -358,12 +355,3 @@ class _Run:
             out = self.stepper.advance(dict(state), place, self.end, instead)
             total += float(self.loss(out, batch)) * rows
         return total / sum(self.rows)
-
-
-def predictions(output: Any, batch: Batch) -> Tensor:
-    """Logarithms of the predicted probabilities, a row for each token that is no padding."""
-    needed = "divergence compares predictions, and the model gives no logits: say by='loss' and pass loss="
-    logits = logits_of(output, needed)
-    if logits.dim() < 2:
-        raise UsageError(needed)
-    return torch.log_softmax(counted_rows(logits, batch).float(), -1)

@@ -7,6 +7,7 @@ between two nodes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from torch.fx import GraphModule, Interpreter, Node
@@ -33,6 +34,17 @@ class Stepper(Interpreter):
         for node in self.nodes:
             last = max((self.place[user] for user in node.users), default=self.place[node])
             self._dying[last].append(node)
+
+    @cached_property
+    def first_use(self) -> dict[str, int]:
+        """For each parameter the place of the first node that reads it."""
+        found: dict[str, int] = {}
+        for node in self.nodes:
+            if node.op == "get_attr":
+                first = min((self.place[user] for user in node.users), default=self.place[node])
+                name = str(node.target)
+                found[name] = min(found.get(name, first), first)
+        return found
 
     def begin(self, batch: Batch) -> dict[Node, Any]:
         """The state before the first node, with the inputs that the module takes out of a batch (moved to its device)."""

@@ -176,6 +176,17 @@ def test_stages_are_shared_by_ratios(place: Path, tmp_path: Path, monkeypatch: p
     assert book(alone)["rows"][1]["perplexity"]["ptb"]["perplexity"] == rows[2]["perplexity"]["ptb"]["perplexity"]
 
 
+def test_how_much_of_the_gap_is_closed() -> None:
+    """From 100 to 40, with 200 as the best of the others and 10 dense: log 2 and log 5 of log 20."""
+
+    def row(name: str, ratio: float, **values: float) -> Any:
+        return {"name": name, "key": {"ratio": ratio}, "perplexity": {text: {"perplexity": v} for text, v in values.items()}}
+
+    rows = [row("dense", 0.0, a=10, b=10), row("l2", 0.2, a=200, b=900), row("flap", 0.2, a=300, b=200), row("l2", 0.5, a=1, b=1)]
+    rows += [row("default", 0.2, a=100, b=40), {"name": "uniform", "key": {"ratio": 0.2}, "error": "none"}]
+    assert criteria.closed(rows) == ["default at 20% closes 23.1% of the gap on a", "default at 20% closes 53.7% of the gap on b"]
+
+
 def _planning(row: Any) -> Any:
     """What of a recipe is no matter of selection."""
     return {k: v for k, v in row["key"]["recipe"].items() if k not in ("ranking", "widths", "multiple", "floor")}

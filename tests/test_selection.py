@@ -19,9 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fxprune import find_groups, rewrite, select, trace
 from fxprune.errors import PlanError, UsageError
 from fxprune.groups import Groups
+from fxprune.passes.budget import Meter
 from fxprune.passes.dependency import PLAN
 from fxprune.passes.importance import SCORES
-from fxprune.passes.selection import Selection, SelectionPass, _lanes, _Meter
+from fxprune.passes.selection import Selection, SelectionPass, _lanes
 from fxprune.plan import PrunePlan
 
 from .zoo import build, tokens
@@ -545,7 +546,7 @@ def test_the_meter_counts_what_the_groups_count(coarse: Groups, data: st.DataObj
     kinds = ("kv_heads", "query_groups", "ffn", "hidden", "head_dim", "layers")
     lanes = _lanes(coarse, Selection(ratio=0.2, kinds=kinds, widths=widths))
     blocks = data.draw(st.permutations(list(coarse.blocks)))
-    meter = _Meter(coarse, lanes, blocks)
+    meter = Meter(coarse, lanes, blocks)
     taken = np.array([data.draw(st.integers(0, len(lane.stops))) for lane in lanes])
     counts: dict[str, int] = {}
     dropped = 0

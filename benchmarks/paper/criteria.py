@@ -12,6 +12,7 @@ name; ``torch-pruning`` is described in peer.py. A run that was cut off goes on 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     book = Book(a.output, a, "criteria")
     found = measure_rows(bench, book, {name: ROWS[name] for name in names}, a.ratios, recover=a.recover)
     show(COLUMNS, found)
+    for line in closed(found):
+        print(line)
+
+
+def closed(rows: Sequence[Row]) -> list[str]:
+    """How much of the gap in log-perplexity between the best of the others and the dense model each of our rows closes."""
+    known = {(r["name"], r["key"]["ratio"]): r["perplexity"] for r in rows if "perplexity" in r}
+    dense, lines = known["dense", 0.0], []
+    for (name, ratio), ours in known.items():
+        peers = [p for (other, r), p in known.items() if r == ratio and other not in OURS]
+        if name not in OURS or not peers:
+            continue
+        for text, own in ours.items():
+            best, whole = (math.log(value) for value in (min(p[text]["perplexity"] for p in peers), dense[text]["perplexity"]))
+            share = (best - math.log(own["perplexity"])) / (best - whole)
+            lines.append(f"{name} at {ratio:.0%} closes {share:.1%} of the gap on {text}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ..checkpoint.source import load_source
-from ..errors import UsageError, nearest
+from ..errors import UsageError
 from ..evaluation import TASKS, Evaluation, evaluate
 from ..evaluation.contamination import read_seen, warning
 from ..evaluation.run import read_material
 from ..evaluation.tasks import check_numbers, check_tasks
-from .common import console, dump, load_model, progress, quiet_libraries
+from ..files import write_whole
+from .common import check_file, console, dump, load_model, progress, quiet_libraries
 
 OUTPUTS = (".json", ".md")
 
@@ -56,7 +55,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     check_numbers(**numbers)
     read_material(texts, tasks, protocol=arguments.protocol, data=arguments.data, limit=arguments.limit)
     if arguments.output:
-        _check_output(Path(arguments.output))
+        check_file(Path(arguments.output), "an evaluation", OUTPUTS)
     if arguments.dense and not arguments.dense.endswith(".gguf"):
         load_source(arguments.dense, meta=True)  # a wrong name is told before hours of measuring
     elif arguments.dense and not Path(arguments.dense).is_file():
@@ -73,30 +72,8 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _check_output(path: Path) -> None:
-    if path.suffix not in OUTPUTS:
-        raise UsageError(f"cannot write an evaluation as '{path}': {nearest(path.suffix, OUTPUTS)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no directory '{path.parent}' to write '{path.name}' to")
-    if path.is_dir():
-        raise UsageError(f"'{path}' is a directory; name a file")
-
-
 def _write(path: Path, found: Evaluation) -> None:
-    """Whole or not at all: written beside, then renamed."""
-    text = json.dumps(found.to_json(), indent=2) + "\n" if path.suffix == ".json" else found.markdown()
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        raise UsageError(f"cannot write '{path}': {error.strerror}") from error
+    write_whole(path, json.dumps(found.to_json(), indent=2) + "\n" if path.suffix == ".json" else found.markdown())
 
 
 def _show(arguments: argparse.Namespace, found: Evaluation) -> None:

@@ -20,10 +20,11 @@ from ..capture import trace
 from ..checkpoint.save import check_target
 from ..cost import costs
 from ..errors import UsageError
+from ..groups import LAYERS
 from ..knowledge import Knowledge
 from ..passes.dependency import groups_of
 from ..passes.importance import score
-from ..passes.selection import LAYERS, Selection, select
+from ..passes.selection import Selection, select
 from ..plan import PrunePlan
 from ..planning import Planning, settle
 from .common import check_share, console, describe_widths, dump, load_model, progress, show_result

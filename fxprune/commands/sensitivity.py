@@ -12,12 +12,13 @@ from ..api import example_inputs
 from ..calibration import load_calibration, read_texts
 from ..capture import trace
 from ..criteria import find_criterion
-from ..errors import UsageError, nearest
-from ..knowledge import LAYERS, Knowledge, Removal
+from ..errors import UsageError
+from ..groups import LAYERS
+from ..knowledge import Knowledge, Removal
 from ..passes.dependency import find_groups
 from ..passes.knowledge import check_options, measure_knowledge
 from ..table import wide_console
-from .common import check_share, console, dump, load_model, progress
+from .common import check_file, check_share, console, dump, load_model, progress
 
 PICTURES = (".pdf", ".png", ".svg")
 SHOWN = 3
@@ -82,27 +83,18 @@ def _checked(arguments: argparse.Namespace) -> Path | None:
     if arguments.text:
         read_texts(arguments.text)
     if arguments.plot:
-        _check_file(Path(arguments.plot), "a plot", PICTURES)
+        check_file(Path(arguments.plot), "a plot", PICTURES)
         if importlib.util.find_spec("matplotlib") is None:
             raise UsageError("plots need matplotlib: pip install 'fxprune[plot]'")
     if not arguments.output:
         if arguments.resume:
             raise UsageError("--resume goes on with a measurement whose output is named with -o: name it")
         return None
-    _check_file(Path(arguments.output), "a measurement", (".json",))
+    check_file(Path(arguments.output), "a measurement", (".json",))
     state = Path(f"{arguments.output}.measuring")
     if state.exists() and not arguments.resume:
         raise UsageError(f"'{state}' holds a measurement that was cut short: go on with --resume, or delete it")
     return state
-
-
-def _check_file(path: Path, what: str, suffixes: Sequence[str]) -> None:
-    if path.suffix not in suffixes:
-        raise UsageError(f"cannot write {what} as '{path}': the suffix must be one of these; {nearest(path.suffix, suffixes)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no directory '{path.parent}' to write '{path.name}' to")
-    if path.is_dir():
-        raise UsageError(f"'{path}' is a directory; name a file")
 
 
 def _said(arguments: argparse.Namespace, found: Knowledge) -> list[str]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ..errors import UsageError, nearest
-from ..groups import Groups
-from ..passes.selection import LAYERS, Selection
+from ..groups import LAYERS, Groups
+from ..passes.selection import Selection
 
 PROJECTIONS = ("half-space", "linear")
 

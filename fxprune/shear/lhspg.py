@@ -169,7 +169,6 @@ class LHSPG(torch.optim.Optimizer):
         if not zero:
             begin = self._settings["warmup"]
             raise UsageError(f"no unit is zero after step {self._step}: the first period begins after {begin} steps")
-        keep = {name: _others(self.groups[name].size, units) for name, units in zero.items()}
         recipe = {
             **self._selection.to_json(),
             "optimizer": "lhspg",
@@ -178,7 +177,7 @@ class LHSPG(torch.optim.Optimizer):
             "steps": self._step,
             "removed": round(self._removed(zero), 6),
         }
-        return PrunePlan.from_keep(self.groups, keep, recipe=recipe)
+        return PrunePlan.from_removed(self.groups, zero, recipe=recipe)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Hand more parameters to the wrapped optimizer; weights of the graph among them would be no part of the method."""
@@ -336,10 +335,3 @@ def _union(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, 
     """Units of each group that are in either."""
     none = torch.empty(0, dtype=torch.long)
     return {name: torch.unique(torch.cat([one.get(name, none), other.get(name, none)])) for name in {**one, **other}}
-
-
-def _others(size: int, units: Tensor) -> Tensor:
-    """The units of a group that are not among some."""
-    stay = torch.ones(size, dtype=torch.bool)
-    stay[units] = False
-    return stay.nonzero().flatten()
