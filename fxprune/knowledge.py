@@ -19,6 +19,7 @@ from rich.text import Text
 from .errors import UsageError, nearest
 from .files import read_json, write_whole
 from .groups import LAYERS, Groups, family_of
+from .plotting import check_plot, new_figure, save_figure
 
 FORMAT = 1
 WIDE = 10
@@ -209,7 +210,7 @@ class Knowledge:
         """Draw what every group and block is worth over the depth, a line for each kind.
 
         Args:
-            path: The picture; its suffix is the format: ``.png``, ``.svg``, ``.pdf``.
+            path: The picture; its suffix is the format, one of `fxprune.plotting.KINDS`.
             protect: Ring the rows that this share protects.
 
         Raises:
@@ -218,11 +219,8 @@ class Knowledge:
         drawn = [row for row in self.rows if row.layer is not None and math.isfinite(self.cost(row))]
         if not drawn:
             raise UsageError("there is nothing to plot over the depth: no measured group lies in a numbered layer")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise UsageError(f"plots need matplotlib ({error}): pip install 'fxprune[plot]'") from error
-        figure = Figure(figsize=(9, 5), layout="constrained")
+        check_plot(path)
+        figure = new_figure(9, 5)
         axes: Any = figure.add_subplot()
         for label, points in _lines(drawn).items():
             axes.plot([r.layer for r in points], [self.cost(r) for r in points], marker="o", markersize=4, label=label)
@@ -243,10 +241,7 @@ class Knowledge:
         axes.set(xlabel="layer", ylabel=AXES[self.by], title=title)
         axes.grid(alpha=0.3)
         axes.legend()
-        try:
-            figure.savefig(path, dpi=130)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot write the plot '{os.fspath(path)}': {error}") from error
+        save_figure(figure, path)
 
 
 def _lines(rows: Sequence[Removal]) -> dict[str, list[Removal]]:

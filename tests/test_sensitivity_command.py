@@ -242,8 +242,8 @@ def test_an_interrupted_command_that_keeps_nothing_says_so(run: Run, monkeypatch
         (("--resume",), "--resume goes on with a measurement whose output is named with -o: name it"),
         (("-o", "out.txt"), "cannot write a measurement as 'out.txt': the suffix must be one of these; Choose from: .json"),
         (("-o", "nowhere/out.json"), "there is no directory 'nowhere' to write 'out.json' to"),
-        (("--plot", "out.gif"), "cannot write a plot as 'out.gif': the suffix must be one of these; "),
-        (("--plot", "nowhere/out.png"), "there is no directory 'nowhere' to write 'out.png' to"),
+        (("--plot", "out.gif"), "cannot draw 'out.gif': its name must end in one of .pdf, .png, .svg"),
+        (("--plot", "nowhere/out.png"), "cannot write 'nowhere/out.png': there is no directory 'nowhere'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

@@ -20,6 +20,7 @@ from fxprune.calibration import read_texts
 from fxprune.data import check_overlap, parse_sources, rows
 from fxprune.errors import FxPruneError, UsageError, nearest
 from fxprune.evaluation.text import PROTOCOLS, text_rows
+from fxprune.plotting import check_plot, new_figure, save_figure
 from fxprune.report import table
 
 Row = dict[str, Any]
@@ -233,21 +234,15 @@ def plot(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], *, x: s
     Returns:
         Where it is.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UsageError(f"plots need matplotlib ({error}): pip install 'fxprune[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    target = path.with_suffix(".png")
+    check_plot(target)
+    figure = new_figure(8, 4.5)
+    axes: Any = figure.add_subplot()
     for label, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=label)
     axes.set(xlabel=x, ylabel=y, **({"yscale": "log"} if log else {}))
     axes.grid(alpha=0.3)
     axes.legend()
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, target)
     print(target)
     return target

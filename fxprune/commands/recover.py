@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..plotting import check_plot
 from ..recovery.curriculum import Curriculum
-from ..recovery.plot import check_plot, plot_curriculum
+from ..recovery.plot import plot_curriculum
 from ..recovery.result import RecoveryResult
 from ..recovery.run import recover
 from ..recovery.settings import settings_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +16,10 @@ from ..groups import LAYERS
 from ..knowledge import Knowledge, Removal
 from ..passes.dependency import find_groups
 from ..passes.knowledge import check_options, measure_knowledge
+from ..plotting import check_plot
 from ..table import wide_console
 from .common import check_file, check_share, console, dump, load_model, progress
 
-PICTURES = (".pdf", ".png", ".svg")
 SHOWN = 3
 
 
@@ -83,9 +82,7 @@ def _checked(arguments: argparse.Namespace) -> Path | None:
     if arguments.text:
         read_texts(arguments.text)
     if arguments.plot:
-        check_file(Path(arguments.plot), "a plot", PICTURES)
-        if importlib.util.find_spec("matplotlib") is None:
-            raise UsageError("plots need matplotlib: pip install 'fxprune[plot]'")
+        check_plot(arguments.plot)
     if not arguments.output:
         if arguments.resume:
             raise UsageError("--resume goes on with a measurement whose output is named with -o: name it")

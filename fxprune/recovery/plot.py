@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
-
-KINDS = (".pdf", ".png", ".svg")
-
-
-def check_plot(path: str | os.PathLike[str]) -> None:
-    """See that a plot can be written, before there is anything to draw.
-
-    Raises:
-        UsageError: matplotlib is not there (extra ``plot``), the name ends in none of `KINDS`, or there is no such directory.
-    """
-    target = Path(path)
-    try:
-        importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise UsageError(f"a plot needs matplotlib ({error}): pip install 'fxprune[plot]'") from error
-    if target.suffix.lower() not in KINDS:
-        raise UsageError(f"cannot draw '{os.fspath(path)}': its name must end in one of {', '.join(KINDS)}")
-    if not target.parent.is_dir():
-        raise UsageError(f"cannot write '{os.fspath(path)}': there is no directory '{target.parent}'")
+from ..plotting import check_plot, new_figure, save_figure
 
 
 def plot_curriculum(curriculum: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -41,14 +20,10 @@ def plot_curriculum(curriculum: Mapping[str, Any], path: str | os.PathLike[str])
         UsageError: As `check_plot`, or the file cannot be written.
     """
     check_plot(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     records = curriculum["measurements"]
     names = list(dict.fromkeys(name for stage in curriculum["stages"] for name in stage))
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 6)
     upper, lower = figure.subplots(2, 1, sharex=True)
     for record in (r for r in records if r["steps"]):
         bottom = 0.0
@@ -67,7 +42,4 @@ def plot_curriculum(curriculum: Mapping[str, Any], path: str | os.PathLike[str])
     lower.set(xlabel="optimizer step", ylabel=f"{'degradation' if lost else 'held-out loss'} (nats per token)")
     lower.grid(alpha=0.3)
     lower.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise UsageError(f"cannot write '{os.fspath(path)}': {error.strerror}") from error
+    save_figure(figure, path)
