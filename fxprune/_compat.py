@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-__all__ = ["CANNOT_TELL", "FakeTensorMode", "dynamic_size_errors"]
+__all__ = [
+    "CANNOT_TELL",
+    "FakeTensorMode",
+    "aot_export_module",
+    "current_graph",
+    "dynamic_size_errors",
+    "guard_identity",
+    "guard_scalar",
+]
 
 CANNOT_TELL = (DataDependentOutputException, DynamicOutputShapeException)
 """Raised where tensors without numbers (torch 2.11 to 2.13) do not suffice."""
@@ -16,3 +26,35 @@ def dynamic_size_errors() -> tuple[type[BaseException], ...]:
     from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
     return (UserError, ConstraintViolationError, GuardOnDataDependentSymNode)
+
+
+def aot_export_module(*args: Any, **kwargs: Any) -> Any:
+    """What `torch.export` makes aten graphs with; it takes Dynamo's tensors and symbolic sizes (torch 2.11 to 2.13)."""
+    from torch._functorch.aot_autograd import aot_export_module as export
+
+    return export(*args, **kwargs)
+
+
+def guard_scalar(value: Any) -> Any:
+    """The number that a symbolic number stands for, with a guard on it (torch 2.11 to 2.13)."""
+    from torch.fx.experimental.symbolic_shapes import guard_scalar as guard
+
+    return guard(value)
+
+
+def current_graph() -> str:
+    """Dynamo's name of the graph that it compiles, ``frame/compile``; ``?`` outside of Dynamo (torch 2.11 to 2.13)."""
+    from torch._guards import CompileContext
+
+    known = CompileContext.current_compile_id()
+    return "?" if known is None else str(known)
+
+
+def guard_identity(source: Any) -> None:
+    """Let Dynamo compile again when the object of a source is another one than now (torch 2.11 to 2.13).
+
+    Dynamo takes the parameters of a module for inputs, and calls one compiled graph with those of another module of its kind.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+
+    install_guard(source.make_guard(GuardBuilder.ID_MATCH))

@@ -69,7 +69,7 @@ def load_calibration(
             return items, f"{len(items)} batch{'es' if len(items) > 1 else ''} given"
         if not items or not all(isinstance(i, str) for i in items):
             raise UsageError("calibration is a list of strings or of batches (mappings of tensors), and must not be empty")
-        given, label = items, f"{len(items)} given texts"
+        given, label = items, f"{len(items)} given text{'s' * (len(items) != 1)}"
     if tokenizer is None:
         raise UsageError("calibration text needs a tokenizer: pass tokenizer=, or leave calibration out")
     ids = encode(tokenizer, given, wanted=samples * length * 8)

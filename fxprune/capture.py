@@ -101,13 +101,22 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         if any(_mutates(n) for n in exported.graph.nodes):
             exported = exported.run_decompositions({})
     gm: GraphModule = exported.module(check_guards=False)
-    owned = _adopt(gm, model)
+    canonicalise(gm, _adopt(gm, model))
+    return gm
+
+
+def canonicalise(gm: GraphModule, owned: set[str]) -> None:
+    """Make an exported graph canonical in place: regions inlined, assertions dropped, constants folded.
+
+    Args:
+        gm: Aten operators, without mutation.
+        owned: Names of the model's own parameters and buffers: those are no constants.
+    """
     _inline_regions(gm)
     _clean(gm)
     _fold(gm, owned)
     gm.graph.lint()
     gm.recompile()
-    return gm
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -11,12 +11,10 @@ inference found. The copies that it unified, or passed on to its output, are the
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import networkx as nx
@@ -24,7 +22,7 @@ import torch
 from torch.fx import Node
 
 from .errors import UsageError, nearest
-from .groups import Groups, layer_of
+from .groups import Groups, PruneGroup, layer_of
 from .passes.inference import axes_of
 from .rules import Call, Rule, Value, rule_for
 from .rules.registry import bind
@@ -66,9 +64,9 @@ def coupling_graph(groups: Groups) -> nx.MultiDiGraph:
     A vertex of ``type="node"`` is an fx node, keyed by its name, with ``op`` (the operator), ``module`` (path of the module
     it is in) and ``layer`` (absent outside numbered layers). A vertex of ``type="parameter"`` is one dimension of a parameter,
     buffer or constant, keyed ``name[dim]``, with ``name``, ``dim``, ``size``, ``trainable``, ``aliases`` (other names of tied
-    weights), ``module`` and ``layer``. Both list the ``groups`` that run through them.
+    weights), ``module`` and ``layer``. Both list the ``groups`` that run through them, and in the same order their ``kinds``.
 
-    An edge has ``group``, ``direction`` (``"forward"`` or ``"backward"``), ``rule`` (name of the rule that made it),
+    An edge has ``group``, its ``kind``, ``direction`` (``"forward"`` or ``"backward"``), ``rule`` (name of the rule that made it),
     ``operator`` (name of the fx node) and ``module``. An axis that an operator passes on couples each input that has it with
     the output; one that it contracts couples the inputs with each other, forward from the activation to the weight, of two
     activations from the operator's first operand to its second. Edges that differ in group or operator are parallel.
@@ -80,14 +78,44 @@ def coupling_graph(groups: Groups) -> nx.MultiDiGraph:
         A new graph; its attributes are strings, numbers and tuples of strings.
     """
     graph = nx.MultiDiGraph()
-    names = {group.axis: name for name, group in groups.items()}
+    owners = {group.axis: group for group in groups.values()}
     _add_parameters(graph, groups)
     for node in _nodes(groups):
         if node.op != "get_attr":
-            _add_node(graph, node, names, groups.inference.values.get(node.name))
+            _add_node(graph, node, owners, groups.inference.values.get(node.name))
         for source, target, axis, rule in _couplings(groups, node):
-            if axis in names:
-                _couple(graph, source, target, group=names[axis], rule=rule, operator=node.name, module=_module(node))
+            if (owner := owners.get(axis)) is not None:
+                facts = {"group": owner.name, "kind": owner.kind, "rule": rule, "operator": node.name, "module": _module(node)}
+                _couple(graph, source, target, facts)
+    return graph
+
+
+def member_graph(groups: Groups) -> nx.Graph:
+    """Which group reaches into which parameter: a bipartite graph, for questions about ownership.
+
+    A vertex of ``type="group"`` (``bipartite=0``), keyed by the group's name, has ``kind``, ``size`` (units), ``prunable``,
+    ``reason`` and ``parameters_per_unit``. A vertex of ``type="parameter"`` (``bipartite=1``), keyed by its name, has ``shape``,
+    ``numel``, ``trainable``, ``aliases`` and ``module``. Both have ``layer``, absent outside numbered layers. An edge lists the
+    ``dims`` of the parameter that the group cuts; which of their indices a unit owns says `Member.indices`.
+
+    Args:
+        groups: What `fxprune.find_groups` returned.
+
+    Returns:
+        A new graph; its attributes are strings, numbers and tuples of these.
+    """
+    graph = nx.Graph()
+    aliases = _aliases(groups)
+    for group in groups.values():
+        facts = {"kind": group.kind, "size": group.size, "prunable": group.prunable, "reason": group.reason}
+        layer = {} if group.layer is None else {"layer": group.layer}
+        graph.add_node(group.name, type="group", bipartite=0, **facts, parameters_per_unit=group.parameters_per_unit, **layer)
+        for m in group.members:
+            also = aliases.get(m.name, ())
+            own = {"shape": m.shape, "numel": math.prod(m.shape), "trainable": m.trainable, "aliases": also}
+            graph.add_node(m.name, type="parameter", bipartite=1, **own, **_place(m.name.rpartition(".")[0]))
+            dims = graph.edges[group.name, m.name]["dims"] if graph.has_edge(group.name, m.name) else ()
+            graph.add_edge(group.name, m.name, dims=(*dims, m.dim))
     return graph
 
 
@@ -106,14 +134,20 @@ def _place(path: str) -> dict[str, Any]:
     return {"module": path} if layer is None else {"module": path, "layer": layer}
 
 
-def _add_parameters(graph: nx.MultiDiGraph, groups: Groups) -> None:
-    aliases: dict[str, list[str]] = {}
+def _aliases(groups: Groups) -> dict[str, tuple[str, ...]]:
+    """The other names of tied weights, by the first."""
+    aliases: dict[str, tuple[str, ...]] = {}
     for alias, first in groups.aliases.items():
-        aliases.setdefault(first, []).append(alias)
-    through: dict[str, list[str]] = {}
+        aliases[first] = (*aliases.get(first, ()), alias)
+    return aliases
+
+
+def _add_parameters(graph: nx.MultiDiGraph, groups: Groups) -> None:
+    aliases = _aliases(groups)
+    through: dict[str, list[PruneGroup]] = {}
     for group in groups.values():
         for member in group.members:
-            through.setdefault(_key(member.name, member.dim), []).append(group.name)
+            through.setdefault(_key(member.name, member.dim), []).append(group)
             graph.add_node(
                 _key(member.name, member.dim),
                 type="parameter",
@@ -121,28 +155,31 @@ def _add_parameters(graph: nx.MultiDiGraph, groups: Groups) -> None:
                 dim=member.dim,
                 size=member.shape[member.dim],
                 trainable=member.trainable,
-                aliases=tuple(aliases.get(member.name, ())),
+                aliases=aliases.get(member.name, ()),
                 **_place(member.name.rpartition(".")[0]),
             )
-    nx.set_node_attributes(graph, {key: tuple(names) for key, names in through.items()}, "groups")
+    nx.set_node_attributes(graph, {key: _listed(own) for key, own in through.items()})
 
 
-def _add_node(graph: nx.MultiDiGraph, node: Node, names: Mapping[Axis, str], value: Any) -> None:
+def _listed(groups: Sequence[PruneGroup]) -> dict[str, tuple[str, ...]]:
+    return {"groups": tuple(g.name for g in groups), "kinds": tuple(g.kind for g in groups)}
+
+
+def _add_node(graph: nx.MultiDiGraph, node: Node, owners: Mapping[Axis, PruneGroup], value: Any) -> None:
     axes = axes_of(value)
-    through = tuple(name for axis, name in names.items() if axis in axes) if axes else ()
+    through = [group for axis, group in owners.items() if axis in axes] if axes else []
     if through:
         op = str(node.target) if isinstance(node.target, str | torch._ops.OpOverload) else getattr(node.target, "__name__", "")
-        graph.add_node(node.name, type="node", op=op, groups=through, **_place(_module(node)))
+        graph.add_node(node.name, type="node", op=op, **_listed(through), **_place(_module(node)))
 
 
 def _key(name: str, dim: int) -> str:
     return f"{name}[{dim}]"
 
 
-def _couple(graph: nx.MultiDiGraph, source: str, target: str, *, group: str, operator: str, **facts: str) -> None:
+def _couple(graph: nx.MultiDiGraph, source: str, target: str, facts: Mapping[str, str]) -> None:
     for start, end, direction in ((source, target, "forward"), (target, source, "backward")):
-        key = f"{operator}:{group}"
-        graph.add_edge(start, end, key, group=group, direction=direction, operator=operator, **facts)
+        graph.add_edge(start, end, f"{facts['operator']}:{facts['group']}", direction=direction, **facts)
 
 
 Coupling: TypeAlias = tuple[str, str, Axis, str]
@@ -376,72 +413,3 @@ def _start(groups: Groups, name: str, own: nx.DiGraph, start: str | None) -> str
         if member.name == groups.aliases.get(start, start):
             return _key(member.name, member.dim)
     raise UsageError(f"group '{name}' does not run through '{start}'; {nearest(start, own)}")
-
-
-def write_graph(graph: nx.MultiDiGraph | nx.DiGraph, path: str | Path) -> None:
-    """Write a graph of this module to a file, in the format that the suffix names.
-
-    ``.graphml`` for Gephi, yEd or Cytoscape; ``.json`` as networkx' node-link data; ``.dot`` for Graphviz, parameters as boxes
-    and backward edges dashed. Lists are joined with ", " where the format has none.
-
-    Args:
-        graph: From `coupling_graph` or `triggers`.
-        path: The file; it is written beside and renamed, so that no half of it is ever left.
-
-    Raises:
-        UsageError: The suffix is none of these, or the file cannot be written.
-    """
-    path = Path(path)
-    make = _FORMATS.get(path.suffix.lower())
-    if make is None:
-        raise UsageError(f"cannot write a graph as '{path.name}': the suffix must be one of {', '.join(_FORMATS)}")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(make(graph), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UsageError(f"cannot write the graph to '{path}': {error.strerror}") from error
-
-
-def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: ", ".join(value) if isinstance(value, tuple) else value for name, value in facts.items()}
-
-
-def _graphml(graph: nx.MultiDiGraph | nx.DiGraph) -> str:
-    flat = graph.__class__(**_flat(graph.graph))
-    flat.add_nodes_from((key, _flat(data)) for key, data in graph.nodes(data=True))
-    for i, (a, b, data) in enumerate(graph.edges(data=True)):  # the key becomes the edge's XML id, which must be unique
-        flat.add_edges_from([(a, b, f"e{i}", data) if graph.is_multigraph() else (a, b, data)])
-    return "\n".join(nx.generate_graphml(flat)) + "\n"
-
-
-def _json(graph: nx.MultiDiGraph | nx.DiGraph) -> str:
-    return json.dumps(nx.node_link_data(graph, edges="edges"), indent=1) + "\n"
-
-
-def _dot(graph: nx.MultiDiGraph | nx.DiGraph) -> str:
-    lines = ["digraph coupling {", "  node [fontsize=10];", "  edge [fontsize=8];"]
-    for key, data in graph.nodes(data=True):
-        parameter = data["type"] == "parameter"
-        label = f"{key}\n{data['size']}" if parameter else f"{key}\n{data['op']}"
-        lines.append(
-            f"  {_quoted(key)} [{_attributes({'label': label, 'shape': 'box' if parameter else 'ellipse', **_flat(data)})}];"
-        )
-    for a, b, data in graph.edges(data=True):
-        look = {"style": "dashed", "constraint": "false"} if data["direction"] == "backward" else {}
-        lines.append(f"  {_quoted(a)} -> {_quoted(b)} [{_attributes({'label': data['rule'], **look, **data})}];")
-    return "\n".join([*lines, "}"]) + "\n"
-
-
-def _attributes(facts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={_quoted(str(value))}" for name, value in facts.items())
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'
-
-
-_FORMATS: dict[str, Callable[[nx.MultiDiGraph | nx.DiGraph], str]] = {".graphml": _graphml, ".json": _json, ".dot": _dot}

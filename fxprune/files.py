@@ -1,21 +1,24 @@
-"""Text files that are whole at any time."""
+"""Files that are whole at any time."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from .errors import FxPruneError, UsageError
+from .errors import FxPruneError, UsageError, nearest
 
 
-def write_whole(path: str | os.PathLike[str], text: str, *, called: str = "", error: type[FxPruneError] = UsageError) -> None:
+def write_whole(
+    path: str | os.PathLike[str], text: str | bytes, *, called: str = "", error: type[FxPruneError] = UsageError
+) -> None:
     """Write a file in one step: beside it, flushed to the disk, then renamed.
 
     Args:
         path: The file; its directory must exist.
-        text: All that is to be in it, in UTF-8.
+        text: All that is to be in it; written in UTF-8, bytes as they are.
         called: What it is, for the message: ``the plan``.
         error: What to raise.
 
@@ -26,8 +29,8 @@ def write_whole(path: str | os.PathLike[str], text: str, *, called: str = "", er
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         try:
-            with beside.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with beside.open("wb") as file:
+                file.write(text.encode() if isinstance(text, str) else text)
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(target)
@@ -35,6 +38,16 @@ def write_whole(path: str | os.PathLike[str], text: str, *, called: str = "", er
             beside.unlink(missing_ok=True)
     except OSError as failure:
         raise error(f"cannot write {called and called + ' '}'{os.fspath(path)}': {failure.strerror}") from failure
+
+
+def check_file(path: Path, what: str, suffixes: Collection[str]) -> None:
+    """Raise `UsageError` unless a file of one of these suffixes, in small or capital letters, can be written there."""
+    if path.suffix.lower() not in suffixes:
+        raise UsageError(f"cannot write {what} as '{path}': the suffix must be one of these; {nearest(path.suffix, suffixes)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no directory '{path.parent}' to write '{path.name}' to")
+    if path.is_dir():
+        raise UsageError(f"'{path}' is a directory; name a file")
 
 
 def read_json(path: str | os.PathLike[str], *, called: str = "", error: type[FxPruneError] = UsageError) -> Any:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from . import spaces
 from .errors import UsageError, nearest
+from .names import family_of as family_of
+from .names import layer_of as layer_of
 from .spaces import Axis, Space
 
 if TYPE_CHECKING:
@@ -107,17 +110,6 @@ class PruneGroup:
         return family_of(self.name)
 
 
-def family_of(name: str) -> str:
-    """A group's name with its layer number left out."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name, count=1)
-
-
-def layer_of(path: str) -> int | None:
-    """The first number in a dotted path."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
-    return int(found[1]) if found else None
-
-
 class Groups(Mapping[str, PruneGroup]):
     """Every prune group of a traced model, by name, in graph order.
 
@@ -151,6 +143,16 @@ class Groups(Mapping[str, PruneGroup]):
     def __len__(self) -> int:
         return len(self._groups)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Groups:
+        """Themselves: a deep copy of a module takes its ``meta`` along, and groups hold nodes and example values of the trace."""
+        return self
+
+    def are_of(self, gm: GraphModule) -> bool:
+        """Whether these are groups of this module's own parameters, and not of those that it was copied from."""
+        name, value = next(iter(self.parameters.items()), ("", None))
+        own = reduce(lambda module, piece: getattr(module, piece, None), name.split("."), cast(Any, gm))
+        return value is None or own is value.tensor
+
     @property
     def total(self) -> int:
         """Number of parameters of the dense model, tied ones counted once."""
@@ -174,16 +176,21 @@ class Groups(Mapping[str, PruneGroup]):
 
     def fingerprint(self) -> str:
         """A hash of the parameters' names and shapes: plans of one model fit another exactly when this agrees."""
-        import hashlib
-
-        text = "\n".join(f"{n} {tuple(cast(Tensor, v.tensor).shape)}" for n, v in sorted(self.parameters.items()))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return fingerprint_of({n: cast(Tensor, v.tensor).shape for n, v in self.parameters.items()})
 
     def to_networkx(self) -> nx.MultiDiGraph:
         """The coupling graph; see `fxprune.coupling.coupling_graph`."""
         from .coupling import coupling_graph
 
         return coupling_graph(self)
+
+
+def fingerprint_of(shapes: Mapping[str, Sequence[int]]) -> str:
+    """A hash of parameters' names and shapes."""
+    import hashlib
+
+    text = "\n".join(f"{n} {tuple(shape)}" for n, shape in sorted(shapes.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def build_groups(found: Inference, blocks: Mapping[str, Block], aliases: Mapping[str, str]) -> Groups:
@@ -200,7 +207,7 @@ def build_groups(found: Inference, blocks: Mapping[str, Block], aliases: Mapping
     taken: dict[str, int] = {}
     groups = []
     for axis, own in members.items():
-        if not any(m.trainable for m in own):
+        if axis.size == 0 or not any(m.trainable for m in own):
             continue
         kind = _kind(axis, own)
         scope = _scope([m.name for m in own if m.trainable])

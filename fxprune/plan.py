@@ -32,6 +32,8 @@ class PrunePlan:
         fingerprint: Of the model that the plan was made for.
         recipe: The settings that made it, for people and for reproduction.
         scores: Importance of each unit, if it was kept along.
+        curves: What was measured of each lane before anything went, if it was: ``[(units removed, change), ...]``, see
+            `fxprune.measure_curves`.
     """
 
     keep: Mapping[str, Tensor]
@@ -41,6 +43,7 @@ class PrunePlan:
     fingerprint: str = ""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
     @classmethod
     def from_keep(
@@ -168,6 +171,7 @@ class PrunePlan:
             "drop": list(self.drop),
             "groups": {n: {"size": self.sizes[n], "keep": u.tolist(), "members": self.members[n]} for n, u in self.keep.items()},
             **({"scores": {n: s.tolist() for n, s in self.scores.items()}} if self.scores else {}),
+            **({"curves": {n: [list(point) for point in c] for n, c in self.curves.items()}} if self.curves else {}),
         }
 
     @classmethod
@@ -189,6 +193,7 @@ class PrunePlan:
                 fingerprint=_expect(data, "fingerprint", str),
                 recipe=_expect(data, "recipe", dict),
                 scores={n: torch.tensor(s, dtype=torch.float32) for n, s in data.get("scores", {}).items()},
+                curves={n: [(int(units), float(change)) for units, change in c] for n, c in data.get("curves", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)

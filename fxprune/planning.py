@@ -1,4 +1,7 @@
-"""From a traced model to a plan: calibrate, score, measure sensitivity, select."""
+"""From a traced model to a plan: calibrate, score, measure sensitivity, select.
+
+`fxprune.prune` runs the steps one after the other, `fxprune.Pipeline.from_recipe` as passes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from .calibration import Calibration, load_calibration
-from .criteria import Criterion, UserCriterion, check_aggregation, find_criterion
+from .criteria import CRITERIA, Criterion, UserCriterion, check_aggregation, find_criterion
 from .data.overlap import Sketch
 from .errors import PlanError, UsageError, nearest
 from .groups import LAYERS, Groups
@@ -87,7 +90,8 @@ class Planning:
         """Plain data for the plan's recipe."""
         found = find_criterion(self.criterion)
         name = found.name if isinstance(found, Criterion) else getattr(found, "__name__", "callable")
-        return {**vars(self), "criterion": name}
+        own = {} if found in CRITERIA.values() else {"own_criterion": True}
+        return {**vars(self), "criterion": name, **own}
 
 
 def settle(
@@ -145,8 +149,13 @@ def settle(
     return how, Selection(ratio=ratio, **own)
 
 
-@dataclass
-class Material:
+def run(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A clock that measures nothing."""
+    return function(*args, **kwargs)
+
+
+@dataclass(eq=False)
+class Material(Sequence[Mapping[str, torch.Tensor]]):
     """Calibration batches, loaded when something first asks for them.
 
     Attributes:
@@ -154,16 +163,21 @@ class Material:
     """
 
     source: Calibration
-    model: nn.Module
+    model: nn.Module | None
     tokenizer: Any
     how: Planning
-    clock: Callable[..., Any]
+    clock: Callable[..., Any] = run
     described: str = "none"
     _batches: Batches | None = field(default=None, repr=False)
 
     def batches(self) -> Batches:
         """All batches."""
         if self._batches is None:
+            if self.source is None and self.model is None:
+                raise UsageError(
+                    "without calibration= the text is sampled from the model itself, which a graph cannot do: "
+                    "give calibration=, or model="
+                )
             shape = {
                 "samples": self.how.samples,
                 "length": self.how.length,
@@ -176,6 +190,12 @@ class Material:
         assert self._batches is not None
         return self._batches
 
+    def __len__(self) -> int:
+        return len(self.batches())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.batches()[index]
+
     def seen(self) -> list[dict[str, Any]]:
         """What the report says of the text: its name and a sketch of it, so that `fxprune eval` can tell if it reads it again."""
         if self._batches is None or self.source is None or self.tokenizer is None:
@@ -185,94 +205,126 @@ class Material:
         return [{"use": "calibration", "name": self.described, "sketch": sketch.to_json()}]
 
 
-def make_plan(
-    gm: GraphModule,
-    groups: Groups,
-    chosen: Selection,
-    how: Planning,
-    material: Material,
-    *,
-    loss: Loss | None,
-    clock: Callable[..., Any],
-    progress: Progress | None,
-) -> PrunePlan:
-    """Score, measure and select."""
-    found = find_criterion(how.criterion)
-    kinds = [kind for kind, pace in chosen.pace.items() if pace > 0 and kind != LAYERS]
-    influence = None
-    if chosen.pace.get(LAYERS, 0) > 0 and how.layers_by == "influence":
-        influence = clock("influence", block_influence, gm, groups, material.batches())
-    scores, notes = {}, []
-    if kinds:
-        options = {"aggregation": how.aggregation, "loss": loss, "seed": how.seed, "progress": progress}
-        calibrated = not isinstance(found, Criterion) or found.calibrated
-        batches = material.batches() if calibrated else ()
-        scores = clock("importance", score, gm, groups, criterion=found, calibration=batches, **options)
-        missing = [g.name for g in groups.values() if g.prunable and g.kind in kinds and g.name not in scores]
-        if missing:
-            log.info("no linear map contracts the units of %s: scored by %s", ", ".join(missing), FALLBACK)
-            notes.append(
-                f"{len(missing)} groups, such as {missing[0]}, were scored by {FALLBACK}: no linear map contracts their units"
-            )
-            others = clock("importance (fallback)", score, gm, groups, criterion=FALLBACK, calibration=batches, **options)
-            scores |= {name: others[name] for name in missing}
-    facts = {"block_scores": influence, "recipe": {**how.to_json(), "calibration": material.described}}
-    if kinds and chosen.ranking == "measured" and chosen.units is None:
-        lanes = {n: own for n, own in lanes_of(groups, chosen).items() if not any(unfit(groups[name]) for name in own)}
-        if lanes:
-            return _search(gm, groups, scores, chosen, how, material, lanes, {**facts, "notes": notes}, loss, clock, progress)
-        notes.append("a norm or a router looks at the units of these kinds, so their loss was not measured: all shrink alike")
-        chosen = dataclasses.replace(chosen, ranking="local")
-    made: PrunePlan = clock("selection", select, groups, scores, chosen, notes=notes, **facts)
-    return made
+@dataclass(frozen=True)
+class Planner:
+    """The steps from a traced model to a plan, with all that they need to know.
 
-
-def _search(
-    gm: GraphModule,
-    groups: Groups,
-    scores: Mapping[str, torch.Tensor],
-    chosen: Selection,
-    how: Planning,
-    material: Material,
-    lanes: Mapping[str, Sequence[str]],
-    facts: Mapping[str, Any],
-    loss: Loss | None,
-    clock: Callable[..., Any],
-    progress: Progress | None,
-) -> PrunePlan:
-    """Spend the budget part by part, each where it costs least beside what the parts before it took.
-
-    The first time every lane's whole curve is measured; later its next step, and what lies beyond that is taken to rise as it did.
+    Attributes:
+        chosen: What to remove.
+        how: How to score and measure.
+        material: Calibration batches.
+        loss: Instead of next-token cross-entropy.
+        clock: ``(name, function, *args, **kwargs) -> result``, which may note how long that took.
+        progress: Called with (what, done, total).
     """
-    curves: dict[str, list[tuple[int, float]]] = {}
-    plan: PrunePlan | None = None
-    for number in range(how.rounds):
-        found = clock(
-            f"sensitivity, part {number + 1}",
-            measure_curves,
-            gm,
-            groups,
-            scores,
-            material.batches(),
-            lanes=lanes,
-            levels=how.levels,
-            samples=how.sensitivity_samples,
-            compensated=how.compensation == "least-squares",
-            plan=plan,
-            ahead=None if number == 0 else 1,
-            by="divergence" if loss is None else "loss",
-            loss=loss,
-            progress=progress,
-        )
-        curves = {lane: [*points, *_beyond(points, curves.get(lane, []))] for lane, points in found.items()}
-        part = dataclasses.replace(chosen, ratio=float(chosen.ratio or 0) * (number + 1) / how.rounds)
-        try:
-            plan = clock("selection", select, groups, scores, part if number + 1 < how.rounds else chosen, curves=curves, **facts)
-        except PlanError:  # a part may be smaller than a unit
-            if number + 1 == how.rounds:
-                raise
-    assert plan is not None
-    return plan
+
+    chosen: Selection
+    how: Planning
+    material: Material
+    loss: Loss | None = None
+    clock: Callable[..., Any] = run
+    progress: Progress | None = None
+
+    def plan(self, gm: GraphModule, groups: Groups) -> PrunePlan:
+        """Every step, one after the other."""
+        influence = self.weigh_blocks(gm, groups)
+        scores, notes = self.weigh_units(gm, groups)
+        return self.choose(gm, groups, scores, influence, notes)
+
+    def weigh_blocks(self, gm: GraphModule, groups: Groups) -> dict[str, float] | None:
+        """The influence of each residual block, or None where blocks are not ranked by it."""
+        if self.chosen.pace.get(LAYERS, 0) <= 0 or self.how.layers_by != "influence":
+            return None
+        found: dict[str, float] = self.clock("influence", block_influence, gm, groups, self.material.batches())
+        return found
+
+    def weigh_units(self, gm: GraphModule, groups: Groups) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """(scores of every group that may be pruned, what to say of them); no scores where only blocks go."""
+        kinds = [kind for kind, pace in self.chosen.pace.items() if pace > 0 and kind != LAYERS]
+        if not kinds:
+            return {}, []
+        found = find_criterion(self.how.criterion)
+        options = {"aggregation": self.how.aggregation, "loss": self.loss, "seed": self.how.seed, "progress": self.progress}
+        calibrated = not isinstance(found, Criterion) or found.calibrated
+        batches = self.material.batches() if calibrated else ()
+        scores: dict[str, torch.Tensor]
+        scores = self.clock("importance", score, gm, groups, criterion=found, calibration=batches, **options)
+        missing = [g.name for g in groups.values() if g.prunable and g.kind in kinds and g.name not in scores]
+        if not missing:
+            return scores, []
+        log.info("no linear map contracts the units of %s: scored by %s", ", ".join(missing), FALLBACK)
+        note = f"{len(missing)} groups, such as {missing[0]}, were scored by {FALLBACK}: no linear map contracts their units"
+        others = self.clock("importance (fallback)", score, gm, groups, criterion=FALLBACK, calibration=batches, **options)
+        return scores | {name: others[name] for name in missing}, [note]
+
+    def choose(
+        self,
+        gm: GraphModule,
+        groups: Groups,
+        scores: Mapping[str, torch.Tensor],
+        influence: Mapping[str, float] | None,
+        notes: Sequence[str] = (),
+    ) -> PrunePlan:
+        """Select the units that stay; for ``measured`` ranking, measure the loss first."""
+        chosen, notes = self.chosen, list(notes)
+        facts = {"block_scores": influence, "recipe": {**self.how.to_json(), "calibration": self.material.described}}
+        if scores and chosen.ranking == "measured" and chosen.units is None:
+            lanes = {n: own for n, own in lanes_of(groups, chosen).items() if not any(unfit(groups[name]) for name in own)}
+            if lanes:
+                return self._search(gm, groups, scores, lanes, {**facts, "notes": notes})
+            notes.append("a norm or a router looks at the units of these kinds, so their loss was not measured: all shrink alike")
+            chosen = dataclasses.replace(chosen, ranking="local")
+        made: PrunePlan = self.clock("selection", select, groups, scores, chosen, notes=notes, **facts)
+        return made
+
+    def _search(
+        self,
+        gm: GraphModule,
+        groups: Groups,
+        scores: Mapping[str, torch.Tensor],
+        lanes: Mapping[str, Sequence[str]],
+        facts: Mapping[str, Any],
+    ) -> PrunePlan:
+        """Spend the budget part by part, each where it costs least beside what the parts before it took.
+
+        The first time every lane's whole curve is measured; later its next step, and what lies beyond that is taken to rise as it
+        did.
+        """
+        how, chosen = self.how, self.chosen
+        curves: dict[str, list[tuple[int, float]]] = {}
+        first: dict[str, list[tuple[int, float]]] = {}
+        plan: PrunePlan | None = None
+        by = "divergence" if self.loss is None else "loss"
+        facts = {**facts, "recipe": {**facts["recipe"], "measured": by}}
+        for number in range(how.rounds):
+            found = self.clock(
+                f"sensitivity, part {number + 1}",
+                measure_curves,
+                gm,
+                groups,
+                scores,
+                self.material.batches(),
+                lanes=lanes,
+                levels=how.levels,
+                samples=how.sensitivity_samples,
+                compensated=how.compensation == "least-squares",
+                plan=plan,
+                ahead=None if number == 0 else 1,
+                by=by,
+                loss=self.loss,
+                progress=self.progress,
+            )
+            curves = {lane: [*points, *_beyond(points, curves.get(lane, []))] for lane, points in found.items()}
+            first = first or curves
+            last = number + 1 == how.rounds
+            part = chosen if last else dataclasses.replace(chosen, ratio=float(chosen.ratio or 0) * (number + 1) / how.rounds)
+            try:
+                plan = self.clock("selection", select, groups, scores, part, curves=curves, **facts)
+            except PlanError:  # a part may be smaller than a unit
+                if last:
+                    raise
+        assert plan is not None
+        return dataclasses.replace(plan, curves=first)
 
 
 def _beyond(points: Sequence[tuple[int, float]], earlier: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

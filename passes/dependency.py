@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import cast
 
 from torch.fx import GraphModule
@@ -10,11 +11,12 @@ from torch.fx.passes.infra.pass_base import PassResult
 from ..blocks import find_blocks, mark_residuals, residual_adds
 from ..errors import UsageError
 from ..groups import Groups, build_groups
-from .base import Pass
+from .base import FOUND_IN, GROUPS, Pass, stamp
 from .inference import axes_of, infer
 
-GROUPS = "fxprune.groups"
 PLAN = "fxprune.plan"
+
+log = logging.getLogger("fxprune")
 
 
 class DependencyPass(Pass):
@@ -27,6 +29,16 @@ class DependencyPass(Pass):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Infer, build groups, annotate; the graph itself is not modified."""
+        if getattr(graph_module, "has_folding_been_run", True) is False:
+            raise UsageError("the constants that were split off this graph are not computed yet: call run_folding() on it first")
+        calls = [node for node in graph_module.graph.nodes if node.op not in ("get_attr", "output")]
+        if unknown := sum("val" not in node.meta for node in calls):
+            log.warning(
+                "%d of %d nodes have no example value (node.meta['val']), and what they touch is pinned: "
+                "run a FakeTensorProp, or trace the model again",
+                unknown,
+                len(calls),
+            )
         found = infer(graph_module)
         adds = residual_adds(graph_module)
         mark_residuals(adds, found.values)
@@ -35,7 +47,7 @@ class DependencyPass(Pass):
         for node in graph_module.graph.nodes:
             axes = axes_of(found.values.get(node.name))
             node.meta[GROUPS] = sorted(by_axis[a] for a in axes if a in by_axis)
-        graph_module.meta[GROUPS] = groups
+        graph_module.meta[GROUPS], graph_module.meta[FOUND_IN] = groups, stamp(graph_module)
         return PassResult(graph_module, False)
 
 
@@ -58,5 +70,6 @@ def find_groups(gm: GraphModule) -> Groups:
 
 
 def groups_of(gm: GraphModule) -> Groups:
-    """The groups that a dependency pass left on the graph, found now if none has run."""
-    return gm.meta[GROUPS] if GROUPS in gm.meta else find_groups(gm)
+    """The groups that a dependency pass left on the graph; found now if none has run, or if the module is a copy since."""
+    found: Groups | None = gm.meta.get(GROUPS)
+    return found if found is not None and found.are_of(gm) else find_groups(gm)

@@ -10,8 +10,8 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from .masking import unfit, without
 from .measuring import State, digest
 from .sensitivity import MEASURES
 from .stepper import Compute, Stepper
+
+if TYPE_CHECKING:
+    from .selection import Selection
 
 KNOWLEDGE = "fxprune.knowledge"
 
@@ -141,6 +144,31 @@ def measure_knowledge(
     rows += [_row(path, LAYERS, layer_of(path), 1, 1, known) for path in blocks]
     dense = float(known[DENSE][0])
     return Knowledge(tuple(rows), unmeasured, dense, by, float(share), take, text, groups.fingerprint())
+
+
+def protecting(selection: Selection, knowledge: Knowledge, share: float, called: str = "the knowledge") -> Selection:
+    """The selection with a share of what matters most left whole, out of the kinds that it prunes.
+
+    Args:
+        selection: What to remove.
+        knowledge: What was measured.
+        share: How much of it to protect, see `Knowledge.protected`.
+        called: What to call the knowledge in messages.
+
+    Raises:
+        UsageError: The share does not lie between 0 and 1, nothing of these kinds was measured, or widths are uniform, so that
+            no layer can keep a width of its own.
+    """
+    pruned = [kind for kind, pace in selection.pace.items() if pace > 0]
+    kinds = [kind for kind in pruned if any(row.kind == kind for row in knowledge.rows)]
+    if not kinds:
+        raise UsageError(f"{called} has nothing of kind {', '.join(pruned)}: measure that with fxprune sensitivity --kinds")
+    names = knowledge.protected(share, kinds)
+    if selection.widths == "uniform" and any(row.name in names and row.kind != LAYERS for row in knowledge.rows):
+        raise UsageError(
+            f"{called} leaves single layers whole, and with widths='uniform' all layers have one width: use widths='per-layer'"
+        )
+    return replace(selection, protect=(*selection.protect, *names))
 
 
 def check_options(*, kinds: Sequence[str] | None, share: float, take: str, by: str) -> None:

@@ -24,7 +24,7 @@ def to_modules(graph: Graph, root: nn.Module, aliases: Mapping[str, str]) -> Non
         root: Holds the parameters under their original names; the modules are put there, sharing the same tensors.
         aliases: Other names of tied parameters with the first name of each.
     """
-    made: dict[str, nn.Module] = {}
+    made: dict[str, Any] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in (aten.linear.default, aten.embedding.default, *_CONVOLUTIONS):
             continue
@@ -32,12 +32,15 @@ def to_modules(graph: Graph, root: nn.Module, aliases: Mapping[str, str]) -> Non
         path = _path(node, arguments, root, aliases)
         if path is None:
             continue
+        call_of = (node.target, {n: str(v) for n, v in arguments.items() if n not in ("input", "indices")})
         if path not in made:
             module = _module(node, arguments, root)
             if module is None:
                 continue
             _install(root, path, module)
-            made[path] = module
+            made[path] = call_of
+        elif made[path] != call_of:  # another use of the same weight: the module computes something else
+            continue
         operand = arguments["indices"] if node.target is aten.embedding.default else arguments["input"]
         with graph.inserting_before(node):
             call = graph.call_module(path, (operand,))

@@ -33,6 +33,11 @@ DENSE = "fxprune.dense"
 """Key of ``gm.meta``: a weak reference to the dense module that a pruned one came from."""
 
 
+LASTING = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "custom", "partitioner_tag", "quantization_tag")
+"""What of a node's ``meta`` is true of the pruned node too: where it comes from, and tags of other passes (``custom`` is what
+`torch.fx.traceback.annotate` writes). Sizes, example values and whatever refers to other nodes are not."""
+
+
 class RewritePass(Pass):
     """Emit the smaller module that a plan describes; the module passed in stays as it was.
 
@@ -96,7 +101,7 @@ def _copy(gm: GraphModule) -> tuple[Graph, dict[Node, Node]]:
         warnings.simplefilter("ignore", FutureWarning)
         graph.set_codegen(copy.deepcopy(gm.graph._codegen))
     for old, made in new.items():
-        made.meta = {k: v for k, v in old.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
+        made.meta = {k: v for k, v in old.meta.items() if k in LASTING}
     return graph, new
 
 

@@ -35,6 +35,7 @@ from .base import Pass
 from .budget import Lane, Meter, Whole, fill, stop_at
 from .dependency import PLAN, groups_of
 from .importance import SCORES
+from .knowledge import KNOWLEDGE, protecting
 from .sensitivity import CURVES, Curve, Curves
 
 DEFAULT_KINDS = ("kv_heads", "query_groups", "ffn")
@@ -144,24 +145,36 @@ class Selection:
 class SelectionPass(Pass):
     """Choose units by the scores that an `ImportancePass` left (and the curves that a `SensitivityPass` left).
 
-    The plan goes to ``gm.meta["fxprune.plan"]``.
+    The plan goes to ``gm.meta["fxprune.plan"]``. With ``protect_share``, that share of what a `KnowledgePass` found to matter most
+    stays whole.
     """
 
     def __init__(
-        self, selection: Selection | None = None, *, block_scores: Mapping[str, float] | None = None, **options: Any
+        self,
+        selection: Selection | None = None,
+        *,
+        block_scores: Mapping[str, float] | None = None,
+        protect_share: float | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.selection = _given(selection, options)
-        self.block_scores = block_scores
+        self.block_scores, self.protect_share = block_scores, protect_share
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Select and annotate; the graph is not modified."""
         if SCORES not in graph_module.meta:
             raise UsageError("no scores on the graph: run an ImportancePass before the SelectionPass")
+        groups, chosen = groups_of(graph_module), self.selection
+        if self.protect_share is not None:
+            if KNOWLEDGE not in graph_module.meta:
+                raise UsageError("no knowledge on the graph: run a KnowledgePass before the SelectionPass")
+            graph_module.meta[KNOWLEDGE].check(groups)
+            chosen = protecting(chosen, graph_module.meta[KNOWLEDGE], self.protect_share)
         graph_module.meta[PLAN] = select(
-            groups_of(graph_module),
+            groups,
             graph_module.meta[SCORES],
-            self.selection,
+            chosen,
             block_scores=self.block_scores,
             curves=graph_module.meta.get(CURVES),
         )

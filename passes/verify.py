@@ -94,6 +94,8 @@ class VerifyPass(Pass):
         """Measure, annotate, and raise `VerificationError` above tolerance."""
         known = graph_module.meta.get(DENSE)
         dense, plan = self.dense or (known() if known else None), self.plan or graph_module.meta.get(PLAN)
+        if dense is None and known is not None:
+            raise UsageError("the dense module that the RewritePass read is gone: hold on to it, or give it to the VerifyPass")
         if dense is None or plan is None:
             raise UsageError("give a VerifyPass the dense module and the plan, or run a RewritePass before it")
         report = verify(dense, graph_module, plan, self.inputs, tolerance=self.tolerance)

@@ -95,7 +95,7 @@ def test_batches_hold_so_many_samples() -> None:
 def test_text_of_just_one_sample() -> None:
     batch, _ = load(["a b c"], samples=2)
     assert batch.tolist() == [[1, 2, 3], [1, 2, 3]]
-    assert error(["a b"]) == "the calibration text '1 given texts' has 2 tokens, fewer than one sample of 3"
+    assert error(["a b"]) == "the calibration text '1 given text' has 2 tokens, fewer than one sample of 3"
     assert error(["", "  "]) == "the calibration text '2 given texts' has 0 tokens, fewer than one sample of 3"
 
 

@@ -298,7 +298,7 @@ def test_refused(arguments: tuple[str, ...], said: str, run: Run) -> None:
         ),
         (
             ("--knowledge", "FILE", "--recipe", "uniform"),
-            "--knowledge leaves single layers whole, and with widths='uniform' all layers have one width: say --widths per-layer",
+            "leaves single layers whole, and with widths='uniform' all layers have one width: use widths='per-layer'",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 
 from ..api import PruneResult
 from ..checkpoint.source import load_source
-from ..errors import UsageError, nearest
+from ..errors import UsageError
 from ..groups import family_of
 from ..passes.batches import Progress
 
@@ -68,16 +67,6 @@ def check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"cannot use device '{device}': {str(error).splitlines()[0]}") from error
-
-
-def check_file(path: Path, what: str, suffixes: Sequence[str]) -> None:
-    """Raise `UsageError` unless a file of one of these suffixes can be written there."""
-    if path.suffix not in suffixes:
-        raise UsageError(f"cannot write {what} as '{path}': the suffix must be one of these; {nearest(path.suffix, suffixes)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no directory '{path.parent}' to write '{path.name}' to")
-    if path.is_dir():
-        raise UsageError(f"'{path}' is a directory; name a file")
 
 
 def check_share(share: float) -> None:

@@ -20,10 +20,10 @@ from ..capture import trace
 from ..checkpoint.save import check_target
 from ..cost import costs
 from ..errors import UsageError
-from ..groups import LAYERS
 from ..knowledge import Knowledge
 from ..passes.dependency import groups_of
 from ..passes.importance import score
+from ..passes.knowledge import protecting
 from ..passes.selection import Selection, select
 from ..plan import PrunePlan
 from ..planning import Planning, settle
@@ -108,17 +108,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection
 def _protecting(selection: Selection, file: str, share: float) -> Selection:
     """The selection with a share of what matters most left whole, out of the kinds that it prunes."""
     check_share(share)
-    knowledge = Knowledge.load(file)
-    pruned = [kind for kind, pace in selection.pace.items() if pace > 0]
-    kinds = [kind for kind in pruned if any(row.kind == kind for row in knowledge.rows)]
-    if not kinds:
-        raise UsageError(f"'{file}' has nothing of kind {', '.join(pruned)}: measure that with fxprune sensitivity --kinds")
-    names = knowledge.protected(share, kinds)
-    if selection.widths == "uniform" and any(row.name in names and row.kind != LAYERS for row in knowledge.rows):
-        raise UsageError(
-            "--knowledge leaves single layers whole, and with widths='uniform' all layers have one width: say --widths per-layer"
-        )
-    return replace(selection, protect=(*selection.protect, *names))
+    return protecting(selection, Knowledge.load(file), share, f"'{file}'")
 
 
 def _dry_run(model: nn.Module, graph: GraphModule | None, plan: PrunePlan | None, selection: Selection | None) -> int:

@@ -12,13 +12,14 @@ from ..calibration import load_calibration, read_texts
 from ..capture import trace
 from ..criteria import find_criterion
 from ..errors import UsageError
+from ..files import check_file
 from ..groups import LAYERS
 from ..knowledge import Knowledge, Removal
 from ..passes.dependency import find_groups
 from ..passes.knowledge import check_options, measure_knowledge
 from ..plotting import check_plot
 from ..table import wide_console
-from .common import check_file, check_share, console, dump, load_model, progress
+from .common import check_share, console, dump, load_model, progress
 
 SHOWN = 3
 
