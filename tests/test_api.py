@@ -17,7 +17,6 @@ from fxprune import PrunePlan, Selection, demo
 from fxprune.api import PruneResult, example_inputs, prune, versions
 from fxprune.criteria import CRITERIA
 from fxprune.errors import CheckpointError, UsageError, VerificationError
-from fxprune.report import markdown, table, write_report
 
 from .closeness import relative
 from .zoo import build, tokens
@@ -333,7 +332,6 @@ def test_a_wrong_rewrite_is_found_and_nothing_comes_out(tiny: nn.Module) -> None
         prune(tiny, **options, tolerance=error * 0.9)
     unchecked = prune(tiny, **options, check=False)
     assert unchecked.report.verify is None
-    assert "Verification was switched off" in markdown(unchecked.report.to_json())
 
 
 def test_other_inputs_to_verify_on(dense: nn.Module, result: PruneResult) -> None:
@@ -343,53 +341,6 @@ def test_other_inputs_to_verify_on(dense: nn.Module, result: PruneResult) -> Non
     assert torch.equal(made.example_inputs["input_ids"], tokens(3, 11, seed=8))
     assert made.report.verify is not None
     assert made.report.verify.ok
-
-
-# --- reports ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_report_in_words(result: PruneResult, tmp_path: Path) -> None:
-    data: dict[str, Any] = result.report.to_json()
-    ppl = {"tokens": 127, "windows": 1, "length": 128, "stride": 128}
-    data["perplexity"] = {"a text": {"before": {**ppl, "perplexity": 20.0}, "after": {**ppl, "perplexity": 25.0}}}
-    data["latency"] = {
-        "before": {"prompt": 128, "prefill_ms": 10.0, "decode_ms": 4.0},
-        "after": {"prompt": 128, "prefill_ms": 8.0, "decode_ms": 0.0},
-    }
-    data["samples"] = [{"prompt": "Once", "before": "upon\n a  time", "after": ""}]
-    data["stock_load"] = "a LlamaForCausalLM"
-    text = write_report(tmp_path, data, result.groups).read_text(encoding="utf-8")
-    assert text == markdown(data, result.groups)
-    before, after = result.report.parameters_before, result.report.parameters_after
-    assert f"# Pruned by {result.report.removed:.1%}\n" in text
-    assert f"| parameters | {before:,} | {after:,} | {after / before - 1:+.1%} |" in text
-    assert "| perplexity, a text | 20.00 | 25.00 | +25.0% |" in text
-    assert "127 predicted tokens in 1 windows of 128, stride 128; no recovery training has been done." in text
-    assert "| prefill of 128 tokens (ms) | 10.0 | 8.0 | -20.0% |" in text
-    assert "Rewritten graph against the masked dense: relative error **" in text
-    assert "AutoModelForCausalLM.from_pretrained` loads it, fxprune is not needed" in text
-    assert "Read back by a process that never imports fxprune: a LlamaForCausalLM." in text
-    name, (size, kept) = next((n, w) for n, w in result.report.widths.items() if n.endswith("ffn"))
-    assert f"- `{name.replace('.0.', '.*.')}`: {size} to {kept} units in each of 2 layers" in text
-    assert "- before: upon a time\n- after: (nothing)\n" in text
-    assert "| `criterion` | l1 |" in text
-    assert f"{len(result.groups)} prune groups were found" in text
-
-
-def test_the_report_draws_widths_that_differ(result: PruneResult) -> None:
-    data = result.report.to_json()
-    data |= {"widths": {"layers.0.ffn": [64, 64], "layers.1.ffn": [64, 16], "hidden": [48, 36]}, "dropped": ["layers.2"]}
-    data |= {"form": "per-layer", "note": "a note", "verify": None}
-    text = markdown(data)
-    assert "    0  ########################  64/64\n    1  ######..................  16/64\n" in text
-    assert "- `hidden`: 48 to 36 units\n" in text
-    assert "Whole blocks: layers.2" in text
-    assert "trust_remote_code=True" in text
-    assert "- Note: a note." in text
-
-
-def test_a_table() -> None:
-    assert table(["", "a"], [["x", 1], ["y", 2.5]]) == "|  | a |\n| --- | ---: |\n| x | 1 |\n| y | 2.5 |\n"
 
 
 # --- the demo's own parts --------------------------------------------------------------------------------------------------------

@@ -97,6 +97,7 @@ def test_what_travels_along(widths: str, tmp_path: Path) -> None:
     files = {p.name: p.read_bytes() for p in out.iterdir()}
     wanted = {"config.json", "generation_config.json", "model.safetensors", "fxprune_plan.json", "fxprune_report.json"}
     wanted |= {"tokenizer.json", "tokenizer_config.json", *(["modeling_fxprune.py"] if widths == "per-layer" else [])}
+    wanted |= {"report.html", "report.md", "README.md", "fxprune_recipe.yaml"}
     assert set(files) == wanted
     for name, content in files.items():
         assert not content.startswith((b"\x80", b"PK\x03\x04")), f"{name} is a pickle"

@@ -69,10 +69,14 @@ def test_a_plain_module_is_loaded_into_a_copy_of_the_dense_one(
     assert result.report.widths == widths
     result.save_pretrained(tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "fxprune_plan.json",
+        "fxprune_recipe.yaml",
         "fxprune_report.json",
         "fxprune_surgery.json",
         "model.safetensors",
+        "report.html",
+        "report.md",
     ]
     torch.manual_seed(5)
     other = kind().eval()  # its values do not matter

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +19,7 @@ import fxprune
 from fxprune import PrunePlan
 from fxprune.api import PruneResult, prune
 from fxprune.checkpoint.source import load_source
+from fxprune.errors import UsageError
 
 from .checkpoints import Stock, assert_same, check, even_less, expected_of, inputs, outputs_of, pruned, stated
 from .closeness import relative
@@ -187,3 +190,43 @@ def test_models_that_are_no_causal_language_models(name: str, settings: dict[str
     assert relative(result.graph_module(**given).logits, loaded(**given).logits) < 1e-5
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert list(written["auto_map"]) == [f"AutoModelFor{'Seq2SeqLM' if auto == 'drop' else auto}"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_pruned_model_saves_itself(family: str, tmp_path: Path, stock: Stock) -> None:
+    """As a ``Trainer`` does: without the result that it came from, after its weights have changed, and after copying."""
+    drop = {"drop": ("model.layers.1",), **GEMMA} if family == "gemma3" else {}
+    result = stated(family, even_less, **drop)
+    assert result.form == "per-layer"
+    model: Any = result.model
+    dense = result.dense_model
+    assert type(model).__name__ == type(dense).__name__
+    assert issubclass(type(model), type(dense))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    expected = outputs_of(model)
+    copied, kept = copy.deepcopy(model), model.config
+    through_pickle: Any = pickle.loads(pickle.dumps(model))
+    for number, one in enumerate([model, copied, through_pickle]):
+        assert_same(expected, outputs_of(one))
+        one.save_pretrained(tmp_path / str(number))
+        assert_same(expected, outputs_of(fxprune.load(tmp_path / str(number))))
+    assert model.config is kept
+    assert not hasattr(model.config, "fxprune")
+    _, made = stock(tmp_path / "0", inputs(), trust=True, resave=tmp_path / "again")
+    assert_same(expected, made)
+    with pytest.raises(UsageError, match=r"would upload before all files are there: call model\.push_to_hub"):
+        model.save_pretrained(tmp_path / "up", push_to_hub=True)
+    assert not (tmp_path / "up").exists()
+
+
+def test_a_trainer_writes_it_too(tmp_path: Path) -> None:
+    result = stated("llama", even_less)
+    model: Any = result.model
+    rows = [{"input_ids": row, "labels": row} for row in tokens(4, 8)]
+    options: dict[str, Any] = {"max_steps": 2, "save_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    transformers.Trainer(model, transformers.TrainingArguments(str(tmp_path), **options), train_dataset=cast(Any, rows)).train()
+    again: Any = fxprune.load(tmp_path / "checkpoint-2")
+    assert_same(outputs_of(model.eval()), outputs_of(again))
+    assert not torch.equal(model.lm_head.weight, cast(Any, result.dense_model).lm_head.weight)

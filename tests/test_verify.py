@@ -15,7 +15,8 @@ from fxprune.passes.dependency import find_groups
 from fxprune.passes.rewrite import rewrite
 from fxprune.passes.verify import verify
 from fxprune.plan import PrunePlan
-from fxprune.report import _proof
+from fxprune.reporting.numbers import Record
+from fxprune.reporting.page import page_of, render_markdown
 
 from .masking import RUN, prunable, some, traced
 from .zoo import VOCABULARY, build, tokens
@@ -240,7 +241,8 @@ def test_where_float64_cannot_be_run_the_first_word_counts() -> None:
 def test_rounding_is_said() -> None:
     gm, small, plan, x = chaotic()
     found = verify(gm, small, plan, x).to_json()
-    text = _proof({"verify": found, "form": "uniform"})
-    assert f"(allowed 1e-06; in float64: in its own precision rounding makes {found['rounding']:.1e} of it)." in text
+    text = render_markdown(page_of(Record("small", {"verify": found})))
+    assert f"(allowed 1e-06; in float64: in its own precision rounding makes {found['rounding']:.1e} of it)\n" in text
     gm, small, plan, x = chaotic(torch.float64)
-    assert "(allowed 1e-08)." in _proof({"verify": verify(gm, small, plan, x).to_json(), "form": "uniform"})
+    wide = Record("small", {"verify": verify(gm, small, plan, x).to_json()})
+    assert "(allowed 1e-08)\n" in render_markdown(page_of(wide))

@@ -22,7 +22,7 @@ from fxprune.demo import model_file
 from fxprune.evaluation import perplexity
 from fxprune.evaluation.text import token_stream
 from fxprune.passes.dependency import groups_of
-from fxprune.planning import Material, make_plan, settle
+from fxprune.planning import Material, Planner, settle
 from fxprune.recovery.settings import settings_of
 
 
@@ -79,7 +79,7 @@ class Bench:
         assert chosen is not None
         clock = _Clock(self._kept, json.dumps([how.to_json(), sorted(chosen.pace)], default=str))
         material = Material(self.data.training(a.calibration), self.model, self.tokenizer, how, clock)
-        plan = make_plan(self.gm, self.groups, chosen, how, material, loss=None, clock=clock, progress=None)
+        plan = Planner(chosen, how, material, clock=clock).plan(self.gm, self.groups)
         result = fxprune.prune(
             self.model,
             plan=plan,

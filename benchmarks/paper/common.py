@@ -21,7 +21,7 @@ from fxprune.data import check_overlap, parse_sources, rows
 from fxprune.errors import FxPruneError, UsageError, nearest
 from fxprune.evaluation.text import PROTOCOLS, text_rows
 from fxprune.plotting import check_plot, new_figure, save_figure
-from fxprune.report import table
+from fxprune.reporting.blocks import table
 
 Row = dict[str, Any]
 

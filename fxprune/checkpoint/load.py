@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import CheckpointError, UsageError
+from .per_layer import MODELING
 from .surgery import apply_surgery
 
 DAMAGE = (OSError, KeyError, ValueError, RuntimeError, SafetensorError)
@@ -38,7 +39,7 @@ def load(
         UsageError: There is no checkpoint, or ``model`` is needed.
         CheckpointError: The checkpoint is damaged.
     """
-    from .save import MODELING, SPEC_FILE
+    from .save import SPEC_FILE
 
     path = Path(directory)
     if not path.is_dir():

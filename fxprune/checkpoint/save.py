@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,15 @@ from torch import nn
 
 from ..errors import CheckpointError, UsageError
 from ..mode import quiet
-from . import surgery
+from ..names import PLAN_FILE as PLAN_FILE
+from ..names import REPORT_FILE as REPORT_FILE
+from ..reporting.page import write_pages
 from .eager import call, judge
+from .per_layer import write_per_layer
 
 if TYPE_CHECKING:
     from ..api import PruneResult
 
-MODELING = "modeling_fxprune"
-PLAN_FILE = "fxprune_plan.json"
-REPORT_FILE = "fxprune_report.json"
 SPEC_FILE = "fxprune_surgery.json"
 
 
@@ -151,6 +151,7 @@ def save_pruned(
             _write_module(result, work)
         result.plan.save(work / PLAN_FILE)
         (work / REPORT_FILE).write_text(json.dumps({**result.report.to_json(), **(more or {})}, indent=1) + "\n")
+        write_pages(work, name=Path(os.path.abspath(directory)).name)
         error = _reload_error(result, work)
         if error is not None:
             raise CheckpointError(
@@ -161,9 +162,10 @@ def save_pruned(
 def _write_pretrained(result: PruneResult, work: Path, max_shard_size: str) -> None:
     model: Any = result.model
     if result.form == "per-layer":
-        write_pretrained(model, result.tokenizer, work, lambda: _write_per_layer(result, model, work, max_shard_size))
+        write = partial(write_per_layer, model, result.dense_config, result.surgery)
     else:
-        write_pretrained(model, result.tokenizer, work, lambda: model.save_pretrained(work, max_shard_size=max_shard_size))
+        write = model.save_pretrained
+    write_pretrained(model, result.tokenizer, work, partial(write, work, max_shard_size=max_shard_size))
 
 
 def write_pretrained(model: Any, tokenizer: Any, work: Path, write: Callable[[], None]) -> None:
@@ -180,100 +182,6 @@ def write_pretrained(model: Any, tokenizer: Any, work: Path, write: Callable[[],
         generation.to_json_file(work / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
     if tokenizer is not None:
         tokenizer.save_pretrained(work)
-
-
-def _write_per_layer(result: PruneResult, model: Any, work: Path, max_shard_size: str) -> None:
-    """The dense model's configuration, the surgery as data, and a small modelling file that does it again."""
-    config = copy.deepcopy(result.dense_config)
-    config.fxprune = {"format": 1, **result.surgery}
-    config.auto_map = {auto_class(type(model), type(config)): f"{MODELING}.{type(model).__name__}"}
-    kept_config = model.config
-    persistent = _persist(model, result.surgery)
-    try:
-        model.config = config
-        # under the class's own parameter names: transformers does not rename for code that travels with a checkpoint
-        model.save_pretrained(work, max_shard_size=max_shard_size, save_original_format=False)
-    finally:
-        model.config = kept_config
-        for owner, leaf in persistent:
-            owner._non_persistent_buffers_set.add(leaf)
-    written = json.loads((work / "config.json").read_text())
-    written |= {"fxprune": config.fxprune, "auto_map": config.auto_map}
-    written["architectures"] = [type(model).__name__]
-    (work / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
-    (work / f"{MODELING}.py").write_text(modeling_source(type(model)), encoding="utf-8")
-
-
-AUTO = {
-    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
-    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
-    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
-    "AutoModel": "MODEL_MAPPING",
-}
-
-
-def auto_class(model: type, config: type) -> str:
-    """The auto class that users load such a model with."""
-    import transformers
-
-    for name, mapping in AUTO.items():
-        listed = getattr(transformers, mapping).get(config, ())
-        if any(c in model.__mro__ for c in (listed if isinstance(listed, list | tuple) else [listed])):
-            return name
-    return "AutoModelForCausalLM"
-
-
-def _persist(model: nn.Module, spec: Mapping[str, Any]) -> list[tuple[nn.Module, str]]:
-    """Resized buffers are stored with the weights: a stock class would compute them for the dense size."""
-    changed = []
-    for name in spec.get("buffers", {}):
-        owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        if leaf in owner._non_persistent_buffers_set:
-            owner._non_persistent_buffers_set.discard(leaf)
-            changed.append((owner, leaf))
-    return changed
-
-
-def modeling_source(base: type) -> str:
-    """The modelling file of a per-layer checkpoint: our surgery, and a subclass of the stock class that applies it."""
-    body = Path(surgery.__file__).read_text(encoding="utf-8")
-    base = next(c for c in base.__mro__ if "_fxprune_per_layer" not in vars(c))  # of a model that was pruned before
-    return f'''{body}
-
-import os  # noqa: E402
-import shutil  # noqa: E402
-
-from {base.__module__} import {base.__name__} as _Dense  # noqa: E402
-
-
-class {base.__name__}(_Dense):
-    """{base.__name__} with per-layer widths, as pruned by fxprune."""
-
-    _fxprune_per_layer = True
-
-    def __init__(self, config):
-        spec = getattr(config, "fxprune", None)
-        for key, value in (spec or {{}}).get("dense", {{}}).items():  # a configuration that was saved again
-            setattr(config, key, value)
-        super().__init__(config)
-        if spec is not None:  # once this class is registered, transformers may hand it stock configurations too
-            apply_surgery(self, spec)
-            self.config.fxprune["dense"] = shorten_config(self.config, spec)
-
-    def _init_weights(self, module):
-        if not getattr(module, "_fxprune_resized", False):
-            super()._init_weights(module)
-
-    def save_pretrained(self, save_directory, *args, save_original_format=False, **kwargs):
-        os.makedirs(save_directory, exist_ok=True)
-        copy = os.path.join(save_directory, "{MODELING}.py")
-        if not os.path.exists(copy) or not os.path.samefile(__file__, copy):
-            shutil.copyfile(__file__, copy)
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
-'''
 
 
 def _write_module(result: PruneResult, work: Path) -> None:

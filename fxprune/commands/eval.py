@@ -15,8 +15,11 @@ from ..evaluation import TASKS, Evaluation, evaluate
 from ..evaluation.contamination import read_seen, warning
 from ..evaluation.run import read_material
 from ..evaluation.tasks import check_numbers, check_tasks
-from ..files import write_whole
-from .common import check_file, console, dump, load_model, progress, quiet_libraries
+from ..files import check_file, write_whole
+from ..names import EVALUATION_FILE
+from ..reporting.numbers import read_record
+from ..reporting.page import write_pages
+from .common import console, dump, load_model, progress, quiet_libraries
 
 OUTPUTS = (".json", ".md")
 
@@ -37,6 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
             found = found.against(evaluate(dense.to(arguments.device), tokenizer, **options, progress=advance))
     if arguments.output:
         _write(Path(arguments.output), found)
+    if arguments.attach:
+        _write(Path(arguments.model) / EVALUATION_FILE, found)
+        write_pages(Path(arguments.model))
     _show(arguments, found)
     return 0
 
@@ -56,6 +62,8 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     read_material(texts, tasks, protocol=arguments.protocol, data=arguments.data, limit=arguments.limit)
     if arguments.output:
         check_file(Path(arguments.output), "an evaluation", OUTPUTS)
+    if arguments.attach:
+        read_record(arguments.model)
     if arguments.dense and not arguments.dense.endswith(".gguf"):
         load_source(arguments.dense, meta=True)  # a wrong name is told before hours of measuring
     elif arguments.dense and not Path(arguments.dense).is_file():
@@ -73,7 +81,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(path: Path, found: Evaluation) -> None:
-    write_whole(path, json.dumps(found.to_json(), indent=2) + "\n" if path.suffix == ".json" else found.markdown())
+    write_whole(path, json.dumps(found.to_json(), indent=2) + "\n" if path.suffix.lower() == ".json" else found.markdown())
 
 
 def _show(arguments: argparse.Namespace, found: Evaluation) -> None:

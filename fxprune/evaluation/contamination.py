@@ -10,6 +10,7 @@ from typing import Any
 
 from ..data.overlap import COMPARED, WORDS, Sketch, overlap
 from ..errors import CheckpointError, UsageError
+from ..reporting.numbers import overlap_warning
 
 LIMIT = 0.01
 """Share of n-grams in common that is still put down to chance and quotations."""
@@ -68,8 +69,4 @@ def find_overlaps(texts: Mapping[str, Iterable[str]], seen: Sequence[Mapping[str
 
 def warning(found: Mapping[str, Any]) -> str:
     """What to tell people of an overlap."""
-    shares = f"{found['of_text']:.1%} of its {found['words']}-word sequences were seen, and {found['of_data']:.1%} of what was seen"
-    return (
-        f"WARNING: the evaluation text {found['text']} overlaps with the {found['use']} data {found['name']}: {shares} is in it; "
-        "its score says little"
-    )
+    return f"WARNING: {overlap_warning(found)}"

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..cost import Cost
 from ..errors import UsageError
-from ..report import table as markdown_table
+from ..reporting.blocks import table as markdown_table
 from .contamination import warning
 from .latency import Latency
 from .perplexity import Perplexity

@@ -17,6 +17,7 @@ from ..api import example_inputs
 from ..checkpoint.save import PLAN_FILE, REPORT_FILE, new_directory, reload_error, save_pruned, write_pretrained
 from ..errors import CheckpointError
 from ..passes.verify import tolerance_of
+from ..reporting.page import write_pages
 from .subject import Subject
 
 
@@ -125,6 +126,7 @@ class RecoveryResult:
             raise CheckpointError(f"a plain {type(self.model).__name__} has no checkpoint form: recover fxprune.prune's result")
         with new_directory(directory, overwrite=overwrite) as work:
             self._write(work, report, max_shard_size)
+            write_pages(work, name=Path(os.path.abspath(directory)).name)
 
     def _write(self, work: Path, report: dict[str, Any], max_shard_size: str) -> None:
         model: Any = self.model

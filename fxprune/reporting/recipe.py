@@ -1,0 +1,144 @@
+"""How a checkpoint is made again: its settings as a recipe file, and the commands that read it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from ..names import PLAN_FILE, RECIPE_FILE
+from ..recipes import SETTINGS
+from ..recovery.settings import RECIPES, Recovery
+from .numbers import part
+
+
+def recipe_yaml(report: Mapping[str, Any]) -> str:
+    """The settings as a file for ``fxprune prune --recipe``, or ``fxprune shear``; empty where the report has none.
+
+    What a recipe cannot say (how much, which text, the seed) is in `prune_command` and `shear_command`.
+    """
+    if shearing := part(report, "shearing"):
+        return str(yaml.safe_dump(_plain(part(shearing, "settings")), sort_keys=False, allow_unicode=True))
+    recipe = part(report, "recipe")
+    found = {name: _plain(recipe[name]) for name in SETTINGS if name in recipe}
+    if not found:
+        return ""
+    note = ""
+    if recipe.get("own_criterion"):
+        note = f"# criterion: {' '.join(str(found.pop('criterion', '')).split())} was a function of your own: pass it in Python\n"
+    return note + str(yaml.safe_dump(found, sort_keys=False, allow_unicode=True))
+
+
+def prune_command(report: Mapping[str, Any], name: str) -> str:
+    """The command that prunes the dense model so again, run beside the recipe file; empty where the report has no settings.
+
+    Args:
+        report: Of the checkpoint.
+        name: What the checkpoint's directory is called.
+    """
+    recipe, dense = part(report, "recipe"), part(report, "dense")
+    if "shearing" in report or not any(setting in recipe for setting in SETTINGS):
+        return ""
+    words = ["fxprune", "prune", dense.get("name") or "DENSE", "--recipe", RECIPE_FILE]
+    if recipe.get("ratio") is not None:
+        words += ["--ratio", f"{recipe['ratio']}"]
+    elif recipe.get("units") is not None:
+        units = recipe["units"]
+        words += ["--units", ",".join(f"{k}={v}" for k, v in units.items()) if isinstance(units, Mapping) else f"{units}"]
+    else:
+        words += ["--plan", PLAN_FILE]
+    if text := calibration_text(report):
+        words += ["--calibration", text]
+    if recipe.get("seed"):
+        words += ["--seed", str(recipe["seed"])]
+    return _joined([*words, "-o", pruned_name(report, name)])
+
+
+def pruned_name(report: Mapping[str, Any], name: str) -> str:
+    """What the directory is called in which the pruned model is, before any recovery."""
+    return "PRUNED" if report.get("recovery") else name or "DIR"
+
+
+def replay_command(report: Mapping[str, Any], name: str) -> str:
+    """The command that removes the very same units again, whatever the text."""
+    dense = part(report, "dense")
+    return _joined(["fxprune", "prune", dense.get("name") or "DENSE", "--plan", PLAN_FILE, "-o", pruned_name(report, name)])
+
+
+def calibration_text(report: Mapping[str, Any]) -> str:
+    """The name of the file or data set that was calibrated on; empty for the model's own text and for what Python gave."""
+    described = str(part(report, "recipe").get("calibration") or "")
+    found = re.fullmatch(r"\d+ x \d+ tokens of (.+), seed \d+", described)
+    return "" if found is None or re.fullmatch(r"\d+ given texts?", found[1]) else found[1]
+
+
+def shear_command(report: Mapping[str, Any], name: str) -> str:
+    """The command that shears the dense model so again, with the tokens that were read as its limit; empty without a shearing."""
+    shearing = report.get("shearing")
+    if not shearing:
+        return ""
+    stages = (part(part(report, "recovery"), "curriculum").get("stages")) or [shearing["lhspg"].get("sources") or {}]
+    texts = [_mixture(stage if i or "recovery" in report else list(stage)) for i, stage in enumerate(stages)]
+    words = ["fxprune", "shear", part(report, "dense").get("name") or "DENSE", "--recipe", RECIPE_FILE]
+    words += ["--ratio", f"{shearing['ratio']}", "--data", texts[0] or "DATA", *(w for text in texts[1:] for w in ("--then", text))]
+    return _joined([*words, "--tokens", f"{shearing['tokens']['total']}", "-o", name or "DIR"])
+
+
+def recover_command(report: Mapping[str, Any], name: str) -> str:
+    """The command that trains the pruned checkpoint so again; empty without a recovery."""
+    recovery = report.get("recovery")
+    if not recovery or "shearing" in report:
+        return ""
+    recipe = recovery["recipe"] if recovery["recipe"] in RECIPES else "default"
+    usual, settings = RECIPES[recipe], recovery["settings"]
+    words = ["fxprune", "recover", pruned_name(report, name)]
+    curriculum = recovery.get("curriculum")
+    stages = curriculum["stages"] if curriculum else [recovery["data"]["sketches"]]
+    texts = [_mixture(stage) for stage in stages] or [""]
+    words += ["--data", texts[0] or "DATA"]
+    if curriculum:
+        words += ["--curriculum", curriculum["weights"], *(word for text in texts[1:] for word in ("--then", text))]
+        for option in ("rounds", "floor", "patience", "threshold"):
+            words += [f"--{option}", f"{curriculum[option]:g}"]
+        if curriculum.get("shares"):
+            words += ["--shares", ",".join(f"{share:g}" for share in curriculum["shares"])]
+    if recipe != "default":
+        words += ["--recipe", recipe]
+    if recovery.get("teacher"):
+        words += ["--teacher", part(report, "dense").get("name") or "DENSE"]
+    default = usual.to_json()
+    for field in Recovery.__dataclass_fields__:
+        if field in settings and settings[field] != default[field]:
+            words += ["--set", f"{field}={_value(settings[field])}"]
+    return _joined([*words, "-o", name or "DIR"])
+
+
+def _mixture(stage: Any) -> str:
+    if isinstance(stage, Mapping) and all(isinstance(w, int | float) for w in stage.values()):
+        return ",".join(f"{n}={w:g}" for n, w in stage.items()) if len(stage) > 1 else "".join(stage)
+    return ",".join(stage)
+
+
+def _value(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else "none" if value is None else str(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _joined(words: list[str]) -> str:
+    """A command on as many lines as it needs."""
+    lines, line = [], ""
+    for word in map(shlex.quote, words):
+        if line and len(line) + len(word) > 96 and word.startswith("-"):
+            lines.append(line)
+            line = f"    {word}"
+        else:
+            line = f"{line} {word}" if line else word
+    return " \\\n".join([*lines, line])
