@@ -77,32 +77,70 @@ stock classes load. ``llm-pruner`` (blocks, the first four and last two layers w
 score is the sum over its features, where the authors' code squares and averages them.
 """
 
+SHEARINGS: dict[str, dict[str, Any]] = {
+    "lorashear": {
+        "kinds": HEADS_AND_FFN,
+        "widths": "per-layer",
+        "protect_first": 0,
+        "protect_last": 0,
+        "protect": (),
+        "multiple": 1,
+        "floor": 0.0,
+        "protect_share": 0.1,
+        "knowledge_by": "loss",
+        "knowledge_samples": 32,
+        "knowledge_length": 128,
+        "shear_share": 0.3,
+        "warmup_share": 0.2,
+        "periods": 4,
+        "one_shot": False,
+        "projection": "half-space",
+        "penalty": 1e-3,
+        "epsilon": 0.0,
+        "saliency": ("magnitude", "average", "cosine", "taylor1", "taylor2"),
+        "curriculum": "dynamic",
+        "rounds": 4,
+        "source_floor": 0.05,
+        "patience": 1,
+        "threshold": 0.0,
+        "stage_shares": None,
+    },
+}
+"""Recipes of `fxprune.shear`, every setting with its value (but for how adapters are trained: those of `fxprune.Recovery`). The
+method is that of arXiv 2310.18356; it fixes none of the numbers, see docs/lorashear.md."""
 
-def read_recipe(recipe: RecipeLike) -> dict[str, Any]:
+
+def read_recipe(
+    recipe: RecipeLike, named: Mapping[str, Mapping[str, Any]] = RECIPES, settings: Mapping[str, Any] = SETTINGS
+) -> dict[str, Any]:
     """The settings that a recipe says.
 
     Args:
-        recipe: A name from `RECIPES`, a YAML or JSON file, a mapping, or None for ``default``. A file or a mapping may build on a
-            named recipe with the key ``recipe``.
+        recipe: A name, a YAML or JSON file, a mapping, or None for the first name (of `RECIPES`, ``default``). A file or a mapping
+            may build on a named recipe with the key ``recipe``.
+        named: Recipes by name.
+        settings: Every setting there is, with a value of its kind.
 
     Returns:
-        Keyword arguments of `fxprune.prune`.
+        Keyword arguments of `fxprune.prune`, or of what the named recipes are for.
 
     Raises:
         UsageError: An unknown name or setting, or a file that cannot be read.
     """
     if recipe is None:
-        return dict(RECIPES["default"])
+        return dict(next(iter(named.values())))
     if isinstance(recipe, Mapping):
-        return _checked(recipe, "the recipe")
+        return _checked(recipe, "the recipe", named, settings)
     name = os.fspath(recipe)
-    if name in RECIPES:
-        return dict(RECIPES[name])
+    if name in named:
+        return dict(named[name])
     path = Path(name)
     if not path.is_file():
         if path.suffix in (".yaml", ".yml", ".json"):
             raise UsageError(f"there is no recipe file '{name}'")
-        raise UsageError(f"unknown recipe '{name}'; {nearest(name, RECIPES)}, or name a .yaml file")
+        if name in SHEARINGS:
+            raise UsageError(f"the recipe '{name}' trains while it prunes: it is one of fxprune shear")
+        raise UsageError(f"unknown recipe '{name}'; {nearest(name, named)}, or name a .yaml file")
     import yaml
 
     try:
@@ -111,28 +149,30 @@ def read_recipe(recipe: RecipeLike) -> dict[str, Any]:
         raise UsageError(f"cannot read the recipe '{path.name}': {' '.join(str(error).split())[:200]}") from error
     if not isinstance(data, Mapping):
         raise UsageError(f"the recipe '{path.name}' must hold settings with their values, not a {type(data).__name__}")
-    return _checked(data, f"the recipe '{path.name}'")
+    return _checked(data, f"the recipe '{path.name}'", named, settings)
 
 
-def _checked(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _checked(
+    data: Mapping[str, Any], where: str, named: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]
+) -> dict[str, Any]:
     base = data.get("recipe")
-    if base is not None and (not isinstance(base, str) or base not in RECIPES):
-        raise UsageError(f"{where} builds on an unknown recipe '{base}'; {nearest(str(base), RECIPES)}")
+    if base is not None and (not isinstance(base, str) or base not in named):
+        raise UsageError(f"{where} builds on an unknown recipe '{base}'; {nearest(str(base), named)}")
     own = {key: value for key, value in data.items() if key != "recipe"}
     for key in own:
-        if key not in SETTINGS:
-            raise UsageError(f"{where} has an unknown setting '{key}'; {nearest(str(key), SETTINGS)}")
-        if wrong := _misfit(key, own[key]):
+        if key not in settings:
+            raise UsageError(f"{where} has an unknown setting '{key}'; {nearest(str(key), settings)}")
+        if wrong := _misfit(key, own[key], settings[key]):
             raise UsageError(f"{where}: {key} must be {wrong}, got {own[key]!r}")
-    return {**(RECIPES[base] if base is not None else {}), **own}
+    return {**(named[base] if base is not None else {}), **own}
 
 
-def _misfit(key: str, value: Any) -> str:
+def _misfit(key: str, value: Any, usual: Any) -> str:
     """What a setting should be instead of this; empty where it can be used (or is refused elsewhere, by name)."""
     if key == "kinds":
         return "" if isinstance(value, str | Sequence | Mapping) else "names of kinds, or a mapping from kind to pace"
     if key == "floor":
         return "" if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
-    if type(SETTINGS[key]) is int and key != "multiple":
+    if type(usual) is int and key != "multiple":
         return "" if type(value) is int else "a whole number"
     return ""

@@ -1,9 +1,12 @@
-"""Tiny models with adapters for LHSPG: traced once, and set back to how they began before every use."""
+"""Tiny models with adapters for LHSPG: traced once, and set back to how they began before every use; and short shearings."""
 
 from __future__ import annotations
 
+import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +15,53 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxprune
+from fxprune import ShearResult
 from fxprune.groups import Groups
 
-from .zoo import build, tokens
+from .curricula import dense
+from .zoo import build, tokenizer, tokens
+
+SHEAR: dict[str, Any] = {
+    "cutoff": 60,
+    "length": 60,
+    "batch_size": 4,
+    "lr": 3e-3,
+    "rank": 4,
+    "alpha": 8.0,
+    "checkpoint_every": 1,
+    "knowledge_samples": 4,
+    "knowledge_length": 20,
+    "periods": 2,
+    "rounds": 2,
+    "patience": 0,
+}
+"""Settings of a shearing that takes a moment."""
+
+_TRACES: dict[str, GraphModule] = {}
+
+
+def traced_once(model: nn.Module, inputs: Any) -> GraphModule:
+    """`fxprune.trace`, in whose place models of one shape share a trace: with parameters of their own."""
+    shapes = [(n, tuple(p.shape), p.dtype) for n, p in model.named_parameters()]
+    key = f"{type(model).__name__} {shapes} {[(n, t.shape) for n, t in inputs.items()]}"
+    if key not in _TRACES:
+        gm = fxprune.trace(model, inputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch's own deprecated class
+            _TRACES[key] = copy.deepcopy(gm)
+    own = dict(model.named_parameters(remove_duplicate=False))
+    known: dict[int, Any] = {id(p): own[n] for n, p in _TRACES[key].named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return copy.deepcopy(_TRACES[key], known)
+
+
+def sheared(output: Path, data: Any, *, model: Any = None, ratio: float = 0.2, **settings: Any) -> ShearResult:
+    """A short shearing of the model that knows two sources."""
+    budget = {} if "tokens" in settings else {"steps": 20}
+    chosen = {"tokenizer": tokenizer(), **budget, **SHEAR, **settings}
+    return fxprune.shear(dense() if model is None else model, ratio, data, output=output, **chosen)
+
 
 RANK = 5
 SCALE = 2.0

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 import fxprune
-from fxprune.shear.adapters import factors_of, find_adapters, update_factors
+from fxprune.lorashear.adapters import factors_of, find_adapters, update_factors
 
 from .shearing import ALL, IDS, fresh
 

@@ -139,3 +139,25 @@ def test_a_plan_before_anything_is_zero() -> None:
     optimizer = made(*fresh(), warmup=7)
     with pytest.raises(UsageError, match="no unit is zero after step 0: the first period begins after 7 steps"):
         optimizer.plan()
+
+
+def test_sharded_parameters() -> None:
+    """FSDP2 puts distributed tensors in the parameters' place, FSDP flat ones: neither holds a unit whole."""
+    from torch._C._distributed_c10d import HashStore
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, gm, groups = fresh()
+    said = r"the parameters are sharded \(FSDP\), and LHSPG needs every process to hold them whole: use DistributedDataParallel"
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        sharded = torch.nn.Linear(4, 4)
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(UsageError, match=said):
+            LHSPG(torch.optim.SGD(sharded.parameters(), lr=0.1), gm, groups, ratio=0.2)
+    finally:
+        torch.distributed.destroy_process_group()
+    flat = torch.nn.Parameter(torch.zeros(4))
+    flat._is_flat_param = True  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match=said):
+        LHSPG(torch.optim.SGD([*trained(model), flat], lr=0.1), gm, groups, ratio=0.2)

@@ -122,6 +122,7 @@ def test_only_one_process_writes(tmp_path: Path) -> None:
         UsageError, match=r"another process is writing to '.*out.recovering': wait for it, or choose another output"
     ):
         directory(tmp_path)
+    state.write(position(1), {})
     state.close()
     directory(tmp_path).close()
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fxprune.errors import FxPruneError, UsageError
-from fxprune.shear.adapters import factors_of, find_adapters
-from fxprune.shear.saliency import CRITERIA, Moments, check_weights, measure, moments, saliency
-from fxprune.shear.units import Structure, find_structures
+from fxprune.lorashear.adapters import factors_of, find_adapters
+from fxprune.lorashear.saliency import CRITERIA, Moments, check_weights, measure, moments, saliency
+from fxprune.lorashear.units import Structure, find_structures
 
 from .shearing import ALL, SCALE, fresh, named
 

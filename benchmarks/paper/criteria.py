@@ -79,23 +79,33 @@ def recovery_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--recover-data", choices=sorted(TRAINING), default="alpaca", help="what to recover on (default: alpaca)")
     made.add_argument("--recover-recipe", choices=sorted(RECOVERIES), default="default", help="of fxprune.recover")
     made.add_argument(
-        "--recover-set", nargs="*", default=[], type=_setting, metavar="NAME=VALUE", help="other settings of the recovery"
+        "--recover-set", nargs="*", default=[], type=setting, metavar="NAME=VALUE", help="other settings of the recovery"
     )
+    task_options(made)
+
+
+def task_options(made: argparse.ArgumentParser) -> None:
+    """Add what says which zero-shot tasks are run."""
     made.add_argument("--tasks", nargs="*", default=None, metavar="TASK", help="zero-shot tasks; without a name all seven")
     made.add_argument("--limit", type=int, default=None, help="rows of each task (default: all)")
 
 
-def _setting(text: str) -> tuple[str, str]:
+def setting(text: str) -> tuple[str, str]:
     name, found, value = text.partition("=")
     if not found:
         raise argparse.ArgumentTypeError(f"write name=value, not '{text}'")
     return name, value
 
 
-def check_recovery(arguments: argparse.Namespace) -> None:
-    """Refuse what cannot be used before a model is loaded."""
+def settle_tasks(arguments: argparse.Namespace) -> None:
+    """Which tasks are meant; refuses others."""
     if arguments.tasks is not None:
         arguments.tasks = list(check_tasks(arguments.tasks or TASKS))
+
+
+def check_recovery(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot be used before a model is loaded."""
+    settle_tasks(arguments)
     settings_of(arguments.recover_recipe, dict(arguments.recover_set))
 
 

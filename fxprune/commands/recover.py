@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -38,7 +39,7 @@ LESSONS = ("rounds", "floor", "patience", "threshold", "shares")
 
 def run(arguments: argparse.Namespace) -> int:
     """Train a pruned checkpoint and write the recovered one."""
-    overrides = _overrides(arguments)
+    overrides = overrides_of(arguments, FLAGS)
     settings_of(arguments.recipe, overrides)
     curriculum = _curriculum(arguments)
     if arguments.plot is not None:
@@ -89,9 +90,9 @@ def _curriculum(arguments: argparse.Namespace) -> Curriculum | None:
     return Curriculum([arguments.data, *(arguments.then or [])], arguments.curriculum, **given)
 
 
-def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Settings from the flags and from ``--set``."""
-    found: dict[str, Any] = {name: value for name in FLAGS if (value := getattr(arguments, name)) is not None}
+def overrides_of(arguments: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
+    """Settings from the flags that were given, and from ``--set``."""
+    found: dict[str, Any] = {name: value for name in flags if (value := getattr(arguments, name)) is not None}
     for text in arguments.set:
         name, equals, value = text.partition("=")
         if not equals:
@@ -117,12 +118,12 @@ def _show(result: RecoveryResult) -> None:
         of = report.data["validation"]["sources"]
         console.print(f"perplexity  {before:.2f} -> {after:.2f} (step {report.best_step}; {of})", markup=False)
     if report.curriculum is not None:
-        _show_curriculum(report.curriculum)
+        show_curriculum(report.curriculum)
     for note in report.notes:
         console.print(f"note        {note}", markup=False)
 
 
-def _show_curriculum(curriculum: dict[str, Any]) -> None:
+def show_curriculum(curriculum: dict[str, Any]) -> None:
     """For each stage why it ended, and for each source its shares and what was lost of it, or its loss without a dense model."""
     for number, names in enumerate(curriculum["stages"], start=1):
         records = [r for r in curriculum["measurements"] if r["stage"] == number]

@@ -102,7 +102,7 @@ class Training:
     def __post_init__(self) -> None:
         settings = self.plan.settings
         self.named: dict[str, nn.Parameter] = trained(self.model)
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             self.named.values(),
             lr=settings.lr,
             betas=(0.9, 0.999),
@@ -245,13 +245,17 @@ class Training:
     def _write(self) -> None:
         """All processes gather, the main one writes."""
         assert self.state is not None
+        tensors = self._tensors()
+        if self.world.main:
+            self.state.write(self.position, tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All of the state that is a tensor, on the CPU."""
         tensors = {f"trained/{n}": self.world.whole(p) for n, p in self.named.items()}
         for name, parameter in self.named.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = self.world.whole(value)
-        tensors |= {f"best/{n}": t for n, t in self.best.items()}
-        if self.world.main:
-            self.state.write(self.position, tensors)
+        return tensors | {f"best/{n}": t for n, t in self.best.items()}
 
     def _resume(self) -> None:
         assert self.state is not None
@@ -261,6 +265,10 @@ class Training:
             return
         self.position, tensors = found
         log.info("continuing after step %d of %d", self.position.step, self.plan.steps)
+        self._restore(tensors)
+
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `_tensors` gave."""
         for name, parameter in self.named.items():
             with torch.no_grad():
                 parameter.copy_(self.world.place(tensors[f"trained/{name}"], parameter))

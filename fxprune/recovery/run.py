@@ -111,7 +111,7 @@ def recover(
             loaded = load_data(read, held, subject.tokenizer, settings, **reading)
         for part in loaded.parts:
             check_tokens(part, subject.model)
-        recovery = _Recovery(settings, subject, loaded, world, curriculum)
+        recovery = RecoveryRun(settings, subject, loaded, world, curriculum)
         recovery.name = recipe if isinstance(recipe, str) else "own"
         stack.enter_context(torch.random.fork_rng(devices=[world.device.index] if world.device.type == "cuda" else []))
         dense = recovery.teacher(teacher, stack)
@@ -159,7 +159,7 @@ def _home(model: nn.Module, device: torch.device | str | None) -> torch.device:
 
 
 @dataclass
-class _Recovery:
+class RecoveryRun:
     """The parts of a run, put together."""
 
     settings: Recovery
@@ -237,22 +237,12 @@ class _Recovery:
         """Run the loop."""
         settings, world = self.settings, self.world
         stages = self._stages(teacher)
-        batches = stages[0].batches if stages else self._batches(self.data.train)
-        held = None if self.data.held is None else self._batches(self.data.held)
+        batches = stages[0].batches if stages else self.batches(self.data.train)
+        held = None if self.data.held is None else self.batches(self.data.held)
         student = prepare(self.subject.model, settings, wide=not self.bf16)
         if not world.sharded:
             student = student.to(world.device)
-        sizes = choose_sizes(
-            student, settings, length=self.length, processes=world.size, device=world.device, width=2 if self.bf16 else 4
-        )
-        if sizes.checkpointing:
-            name = "activation_checkpointing_enable"  # older transformers know the other name only
-            switch = getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")
-            switch({"use_reentrant": False})
-        compiled = settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda" and not world.sharded)
-        steps = sum(stage.plan.steps for stage in stages) or self._steps(len(batches))
-        plan = Plan(settings, steps, sizes.micro, self.bf16, compiled)
-        self.plan, self.sizes = plan, sizes
+        plan = self.fit(student, sum(stage.plan.steps for stage in stages) or self._steps(len(batches)))
         self.trained = sum(p.numel() for p in trained(student).values())
         wrapped = world.wrap(student)
         parts = (student, wrapped, teacher if settings.distils else None, batches, held, plan, world, state, progress)
@@ -264,6 +254,20 @@ class _Recovery:
             self._try(student)
             training.run()
         return training
+
+    def fit(self, student: nn.Module, steps: int) -> Plan:
+        """How so many steps run on this device: rows at a time, recomputed activations, compiled or not."""
+        settings, world = self.settings, self.world
+        self.sizes = choose_sizes(
+            student, settings, length=self.length, processes=world.size, device=world.device, width=2 if self.bf16 else 4
+        )
+        if self.sizes.checkpointing:
+            name = "activation_checkpointing_enable"  # older transformers know the other name only
+            switch = getattr(student, name if hasattr(student, name) else "gradient_checkpointing_enable")
+            switch({"use_reentrant": False})
+        compiled = settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda" and not world.sharded)
+        self.plan = Plan(settings, steps, self.sizes.micro, self.bf16, compiled)
+        return self.plan
 
     def _try(self, student: nn.Module) -> None:
         """See that the model takes batches of other sizes than it was traced with."""
@@ -285,7 +289,7 @@ class _Recovery:
         if self.curriculum is None:
             return ()
         packing = self.packing and (dense is None or self._apart(dense))
-        batches = [self._batches(stage.train) for stage in self.data.stages]
+        batches = [self.batches(stage.train) for stage in self.data.stages]
         own = self.curriculum.named()
         lengths: dict[str, Any] = {
             "epochs": [len(b) for b in batches],
@@ -293,13 +297,14 @@ class _Recovery:
             "per_step": [tokens_per_step(b, weights) for b, weights in zip(batches, own, strict=True)],
         }
         plans = plan_stages(self.curriculum, self.settings, **lengths)
-        held = [{n: self._batches(e, packing=packing) for n, e in stage.held.items()} for stage in self.data.stages]
+        held = [{n: self.batches(e, packing=packing) for n, e in stage.held.items()} for stage in self.data.stages]
         if self.curriculum.weights == "dynamic":
             alone = [f"{number} ({name})" for number, names in enumerate(own, 1) if len(names) == 1 for name in names]
             self.notes += [f"stage {stage} has one source: dynamic weights have nothing to choose there" for stage in alone]
         return tuple(StageRun(*parts) for parts in zip(batches, held, own, plans, strict=True))
 
-    def _batches(self, examples: Examples, *, packing: bool | None = None) -> Batches:
+    def batches(self, examples: Examples, *, packing: bool | None = None) -> Batches:
+        """Batches of examples as they are trained on."""
         tokenizer = self.subject.tokenizer
         pad = next((i for i in (getattr(tokenizer, n, None) for n in ("pad_token_id", "eos_token_id")) if i is not None), 0)
         packing = self.packing if packing is None else packing

@@ -41,6 +41,7 @@ class Position:
         dense: With a curriculum, the dense model's held-out loss on each source.
         rounds: With a curriculum, each measurement with the weights of the round that followed (`fxprune.recovery.staged`).
         final: With a curriculum, the measurement of every source at the end.
+        periods: With LHSPG, an entry for each period that has begun (`fxprune.LHSPG.history`).
     """
 
     step: int = 0
@@ -55,6 +56,7 @@ class Position:
     dense: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     final: dict[str, dict[str, Any]] = field(default_factory=dict)
+    periods: list[dict[str, Any]] = field(default_factory=list)
 
 
 class StateDirectory:
@@ -68,16 +70,25 @@ class StateDirectory:
         identity: What the run is made of (settings, data, model), as text by what it is; a state of another run is refused.
         restart: Drop a state that is there.
         main: False for a process that only reads.
+        suffix: What is put behind the output's name.
+        of: What kind of run it is.
 
     Raises:
         UsageError: It holds the state of another run, another process is writing to it, or it cannot be written to.
     """
 
     def __init__(
-        self, output: str | os.PathLike[str], identity: Mapping[str, Any], *, restart: bool = False, main: bool = True
+        self,
+        output: str | os.PathLike[str],
+        identity: Mapping[str, Any],
+        *,
+        restart: bool = False,
+        main: bool = True,
+        suffix: str = SUFFIX,
+        of: str = "recovery",
     ) -> None:
-        self.path = Path(os.path.abspath(output) + SUFFIX)
-        self.typed = f"{os.fspath(output).rstrip('/')}{SUFFIX}"
+        self.path = Path(os.path.abspath(output) + suffix)
+        self.typed, self.of = f"{os.fspath(output).rstrip('/')}{suffix}", of
         self.identity = json.loads(json.dumps(identity))
         self._lock: int | None = None
         if main:
@@ -92,7 +103,8 @@ class StateDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self.close()
+            os.close(self._lock)  # and no more: what is in it is the other's
+            self._lock = None
             raise UsageError(f"another process is writing to '{self.typed}': wait for it, or choose another output") from error
         for entry in self.path.iterdir():
             if entry.is_dir() and (restart or not _NAME.fullmatch(entry.name)):
@@ -123,13 +135,7 @@ class StateDirectory:
         return None
 
     def _check(self, theirs: Mapping[str, Any]) -> None:
-        changed = [key for key in {**self.identity, **theirs} if self.identity.get(key) != theirs.get(key)]
-        if changed:
-            said = [f"{k} was {_short(theirs.get(k))}, now {_short(self.identity.get(k))}" for k in changed[:4]]
-            raise UsageError(
-                f"'{self.typed}' holds the state of another recovery: {'; '.join(said)}. Repeat the settings it was started "
-                "with, or start over with --restart (restart=True)"
-            )
+        refuse_other(self.typed, self.of, theirs, self.identity)
 
     def write(self, position: Position, tensors: Mapping[str, Tensor]) -> None:
         """Write a state; the last one stays until this one is on the disk.
@@ -191,6 +197,27 @@ class StateDirectory:
 
 def _step(path: Path) -> int:
     return int(path.name.partition("-")[2])
+
+
+def refuse_other(typed: str, of: str, theirs: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Stop where a state is another run's.
+
+    Args:
+        typed: What the user calls the state's directory.
+        of: What kind of run it is.
+        theirs: What the state belongs to.
+        own: What this run is made of.
+
+    Raises:
+        UsageError: They are not the same; says what differs.
+    """
+    changed = [key for key in {**own, **theirs} if own.get(key) != theirs.get(key)]
+    if changed:
+        said = [f"{k} was {_short(theirs.get(k))}, now {_short(own.get(k))}" for k in changed[:4]]
+        raise UsageError(
+            f"'{typed}' holds the state of another {of}: {'; '.join(said)}. Repeat the settings it was started with, or start over "
+            "with --restart (restart=True)"
+        )
 
 
 def _short(value: Any) -> str:

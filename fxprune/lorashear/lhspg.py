@@ -14,7 +14,7 @@ from ..groups import Groups
 from ..passes.selection import Selection, lanes_of, select
 from ..plan import PrunePlan
 from .adapters import factors_of, find_adapters, refuse_unknown
-from .arguments import check_settings, check_target, parameters_of, trained_by
+from .arguments import check_settings, check_target, parameters_of, refuse_sharded, trained_by
 from .projection import Redundant, Slice
 from .saliency import CRITERIA, check_weights, moments, saliency
 from .units import Part, Structure, find_structures, without_adapters
@@ -47,20 +47,21 @@ class LHSPG(torch.optim.Optimizer):
         warmup: Steps before the first period.
         periods: How many.
         period_steps: Steps of each.
-        projection: ``half-space``, or ``linear`` (see `fxprune.shear.projection`).
+        projection: ``half-space``, or ``linear`` (see `fxprune.lorashear.projection`).
         penalty: The ``lambda`` of the half-space step.
         epsilon: The ``eps`` of the half-space test, in [0, 1).
-        saliency: Weights of the criteria (see `fxprune.shear.saliency`).
+        saliency: Weights of the criteria (see `fxprune.lorashear.saliency`).
 
     Attributes:
         inner: The wrapped optimizer.
         left_out: Why each group that is not eligible is left alone.
         history: One entry for each period begun: ``step``, ``target`` (the share of the selection's target), ``units`` (how many
-            became redundant) and ``removed`` (the share of the base model's parameters in redundant units).
+            became redundant), ``kinds`` (how many of each kind), ``saliency`` (of the least and of the most salient one of them,
+            and the mean of all units that stay) and ``removed`` (the share of the base model's parameters in redundant units).
 
     Raises:
-        UsageError: Arguments that make no sense, groups of another graph, parameters on the meta device, an optimizer that trains
-            nothing in the graph, adapters of an unknown kind, or no eligible group.
+        UsageError: Arguments that make no sense, groups of another graph, parameters on the meta device or sharded (FSDP), an
+            optimizer that trains nothing in the graph, adapters of an unknown kind, or no eligible group.
         PlanError: The target cannot be reached.
     """
 
@@ -86,6 +87,7 @@ class LHSPG(torch.optim.Optimizer):
         self._settings = check_settings(warmup, periods, period_steps, projection, penalty, epsilon)
         self._weights = check_weights(dict.fromkeys(CRITERIA, 1.0) if saliency is None else saliency)
         self._selection = check_target(ratio, selection, protect)
+        refuse_sharded(optimizer, gm)
         self._tensors = parameters_of(gm, groups)
         trained = trained_by(optimizer, self._tensors)
         adapters = find_adapters(gm)
@@ -116,6 +118,11 @@ class LHSPG(torch.optim.Optimizer):
         """True once all periods are over; further steps train what is left."""
         steps: int = self._settings["warmup"] + self._settings["periods"] * self._settings["period_steps"]
         return self._step >= steps
+
+    @property
+    def eligible(self) -> tuple[str, ...]:
+        """Names of the groups that may lose units."""
+        return tuple(self._structures)
 
     @property
     def redundant(self) -> dict[str, Tensor]:
@@ -253,13 +260,20 @@ class LHSPG(torch.optim.Optimizer):
     def _begin(self, period: int) -> None:
         """Choose what becomes redundant in a period."""
         share = (period + 1) / self._settings["periods"]
-        for name, units in self._choose(share).items():
+        chosen, values = self._choose(share)
+        kinds: dict[str, int] = {}
+        for name, units in chosen.items():
             self._active[name] = Redundant(self._structures[name], units)
-        count = sum(len(active.units) for active in self._active.values())
-        self.history.append({"step": self._step, "target": share, "units": count, "removed": self._removed(self.redundant)})
+            kinds[self.groups[name].kind] = kinds.get(self.groups[name].kind, 0) + len(units)
+        going = torch.cat([values[name][units] for name, units in chosen.items()]) if chosen else torch.zeros(1)
+        every = torch.cat(list(values.values()))
+        stay = (float(every[every >= 0].sum()) - float(going.sum())) / max(1, int((every >= 0).sum()) - sum(kinds.values()))
+        entry = {"step": self._step, "target": share, "units": sum(kinds.values()), "kinds": kinds}
+        entry["saliency"] = {"least": float(going.min()), "most": float(going.max()), "mean_of_the_rest": stay}
+        self.history.append({**entry, "removed": self._removed(self.redundant)})
 
-    def _choose(self, share: float) -> dict[str, Tensor]:
-        """The units to go next: of those that the selection would take by now, the least salient, up to a share of its target."""
+    def _choose(self, share: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(the units to go next, the saliency of all): the least salient that the selection takes, up to a share of its target."""
         found = {name: moments(structure, self._tensors) for name, structure in self._structures.items()}
         values = saliency(found, self._weights, self._gone)
         # A selection divides by the parameters that go with a unit; here saliency alone ranks.
@@ -280,7 +294,7 @@ class LHSPG(torch.optim.Optimizer):
                 low = middle
             else:
                 high = middle - 1
-        return _gathered(fresh[:low])
+        return _gathered(fresh[:low]), values
 
     def _removed(self, units: Mapping[str, Tensor]) -> float:
         """The share of the base model's parameters that goes with units."""

@@ -82,6 +82,22 @@ def parameters_of(gm: GraphModule, groups: Groups) -> dict[str, Tensor]:
     return found
 
 
+def refuse_sharded(optimizer: torch.optim.Optimizer, gm: GraphModule) -> None:
+    """Stop where a process holds only a part of each parameter: a unit's rows may then lie elsewhere.
+
+    Raises:
+        UsageError: FSDP, of either kind, holds parameters of the optimizer or of the graph.
+    """
+    from torch.distributed.tensor import DTensor
+
+    for parameter in (*(p for group in optimizer.param_groups for p in group["params"]), *gm.parameters()):
+        if isinstance(parameter, DTensor) or getattr(parameter, "_is_flat_param", False):
+            raise UsageError(
+                "the parameters are sharded (FSDP), and LHSPG needs every process to hold them whole: use DistributedDataParallel, "
+                "or one process"
+            )
+
+
 def trained_by(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> set[str]:
     """Names of the graph's parameters that an optimizer trains.
 

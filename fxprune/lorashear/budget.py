@@ -1,0 +1,104 @@
+"""How long a shearing trains: its tokens or steps, divided among warm-up, periods and recovery."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UsageError
+from .settings import Shearing
+
+
+@dataclass(frozen=True)
+class Budget:
+    """All that a shearing may read.
+
+    Attributes:
+        tokens: About so many, padding not counted; or None.
+        steps: Optimizer steps; or None. One of the two is given.
+
+    Raises:
+        UsageError: Neither or both are given, or one is no positive whole number.
+    """
+
+    tokens: int | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.tokens is None) == (self.steps is None):
+            raise UsageError("say how long to train: one of tokens (--tokens) and steps (--steps), not both or neither")
+        for name in ("tokens", "steps"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+    def left(self, tokens: int, steps: int) -> dict[str, Any]:
+        """What is left for recovery, as a limit of `fxprune.recover`.
+
+        Args:
+            tokens: That shearing read.
+            steps: That it took.
+        """
+        if self.tokens is not None:
+            return {"max_tokens": max(1, self.tokens - tokens)}
+        assert self.steps is not None
+        return {"max_steps": max(1, self.steps - steps)}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of LHSPG.
+
+    Attributes:
+        steps: All of them.
+        warmup: Before anything shrinks.
+        periods: How many.
+        period_steps: Of each.
+    """
+
+    steps: int
+    warmup: int
+    periods: int
+    period_steps: int
+
+    def part(self, step: int) -> str:
+        """What a step (from 0 on) belongs to."""
+        if step < self.warmup:
+            return "warm-up"
+        period = (step - self.warmup) // self.period_steps
+        return f"period {period + 1} of {self.periods}" if period < self.periods else "after the periods"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return dict(vars(self))
+
+
+def make_schedule(budget: Budget, settings: Shearing, per_step: float, stages: int) -> Schedule:
+    """The steps that shearing's share of the budget comes to.
+
+    Args:
+        budget: Of the whole run.
+        settings: Say the shares and the periods.
+        per_step: Mean tokens of a step.
+        stages: Of recovery.
+
+    Raises:
+        UsageError: There are too few steps for the periods, or none for recovery.
+    """
+    whole = budget.steps if budget.steps is not None else int((budget.tokens or 0) / per_step)
+    steps = whole if settings.shear_share == 1 else round(whole * settings.shear_share)
+    periods = 1 if settings.one_shot else settings.periods
+    said = f"{budget.steps} steps" if budget.steps is not None else f"{budget.tokens:,} tokens, {per_step:,.0f} in a step,"
+    warmup = round(steps * settings.warmup_share)
+    length = 1 if settings.one_shot else (steps - warmup) // periods
+    if steps - warmup < periods:
+        raise UsageError(
+            f"{said} leave shearing {max(0, steps - warmup)} steps after its warm-up, fewer than its {periods} "
+            f"period{'s' * (periods > 1)}: raise the budget or shear_share, or lower batch_size or periods"
+        )
+    if settings.shear_share < 1 and whole - steps < stages:
+        raise UsageError(
+            f"{said} leave recovery {whole - steps} steps for {stages} stage{'s' * (stages > 1)}: raise the budget, lower "
+            "shear_share, or say shear_share=1 for no recovery"
+        )
+    return Schedule(steps, warmup if settings.one_shot else steps - periods * length, periods, length)

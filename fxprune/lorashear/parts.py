@@ -1,0 +1,285 @@
+"""The parts of a shearing between the data and the pruned checkpoint: rehearse, measure, train, merge, remove."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ..api import PruneResult, example_inputs, prune
+from ..capture import trace
+from ..checkpoint.eager import call
+from ..data import Batches
+from ..errors import FxPruneError, PlanError, UsageError, VerificationError
+from ..groups import Groups, PruneGroup
+from ..knowledge import Knowledge
+from ..mode import quiet, without_cache
+from ..passes.batches import Progress
+from ..passes.dependency import groups_of
+from ..passes.knowledge import measure_knowledge
+from ..passes.selection import Selection, lanes_of, select
+from ..passes.verify import relative_error
+from ..plan import PrunePlan
+from ..recovery.adapters import merged, prepare, trained
+from ..recovery.objective import check_teacher
+from ..recovery.run import RecoveryRun
+from ..recovery.state import StateDirectory
+from .adapters import factors_of, find_adapters
+from .budget import Schedule
+from .lhspg import LHSPG
+from .settings import Shearing
+from .training import ShearTraining
+from .windows import windows
+from .work import WorkDirectory
+
+
+@dataclass
+class Parts:
+    """A model on its way to a smaller one.
+
+    Attributes:
+        settings: Of the shearing.
+        ratio: Share of all parameters to remove.
+        run: The training's parts: a copy of the dense model whose weights may change, the data, the device.
+        dense: The model that is sheared; it is not changed.
+        batches: What LHSPG reads.
+        schedule: Its steps.
+        work: Where everything is kept.
+        progress: Called with (what, done, total).
+    """
+
+    settings: Shearing
+    ratio: float
+    run: RecoveryRun
+    dense: nn.Module
+    batches: Batches
+    schedule: Schedule
+    work: WorkDirectory
+    progress: Progress | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def copied(self) -> nn.Module:
+        """The copy that is sheared."""
+        return self.run.subject.model
+
+    @cached_property
+    def bare(self) -> tuple[GraphModule, Groups]:
+        """Its trace and groups."""
+        gm = trace(self.copied, example_inputs(self.copied))
+        return gm, groups_of(gm)
+
+    @cached_property
+    def adapted(self) -> tuple[nn.Module, GraphModule, Groups]:
+        """The copy with adapters, its trace and groups: base weights and adapters in the same ones."""
+        student = prepare(self.copied, self.run.settings, wide=not self.run.bf16).to(self.run.world.device)
+        gm = trace(student, example_inputs(student))
+        return student, gm, groups_of(gm)
+
+    def lhspg(self, optimizer: torch.optim.Optimizer, selection: Selection) -> LHSPG:
+        """LHSPG around the adapters' optimizer."""
+        _, gm, groups = self.adapted
+        settings, schedule = self.settings, self.schedule
+        return LHSPG(
+            optimizer,
+            gm,
+            groups,
+            selection=selection,
+            warmup=schedule.warmup,
+            periods=schedule.periods,
+            period_steps=schedule.period_steps,
+            projection=settings.projection,
+            penalty=settings.penalty,
+            epsilon=settings.epsilon,
+            saliency=settings.saliency,
+        )
+
+    def _trial(self, protect: Sequence[str] = ()) -> LHSPG:
+        """See that the target can be reached; nothing is trained."""
+        student, _, _ = self.adapted
+        return self.lhspg(torch.optim.SGD(trained(student).values(), lr=0.0), self.settings.selection(self.ratio, protect))
+
+    def rehearse(self, given: Knowledge | None) -> None:
+        """Refuse what would go wrong after hours of training: a target out of reach, no text to measure on, no form to save in.
+
+        Args:
+            given: Knowledge that was measured already.
+
+        Raises:
+            UsageError: The last two, or knowledge of another model.
+            PlanError: The first.
+        """
+        gm, groups = self.bare
+        if given is not None:
+            given.check(groups)
+        eligible, share = self._trial().eligible, self.settings.protect_share
+        if share:
+            if given is None:
+                self._windows()
+                smallest = sorted((self.adapted[2][name] for name in eligible), key=_removable)
+                names = [group.name for group in smallest[: math.ceil(share * len(smallest) - 1e-9)]]
+            else:
+                names = list(given.protected(share, self._kinds(given)))
+            self._reachable(names)
+        selection = self.settings.selection(self.ratio)
+        ones = {name: torch.ones(groups[name].size) for names in lanes_of(groups, selection).values() for name in names}
+        trial = prune(self.copied, plan=select(groups, ones, selection), graph=gm, check=False)
+        if trial.model is None:
+            raise UsageError(f"what is left could not be saved as a checkpoint: {trial.report.note}")
+
+    def _reachable(self, protected: Sequence[str]) -> None:
+        """See that the target can be reached beside what knowledge protects."""
+        try:
+            self._trial(protected)
+        except (PlanError, UsageError) as error:
+            share = self.settings.protect_share
+            raise PlanError(f"with a share of {share:g} of all groups left whole (protect_share), {error}") from error
+
+    def _windows(self) -> tuple[list[dict[str, Tensor]], str]:
+        settings = self.settings
+        held = self.run.data.stages[0].held
+        return windows(held, samples=settings.knowledge_samples, length=settings.knowledge_length)
+
+    def _kinds(self, knowledge: Knowledge | None = None) -> list[str]:
+        """Kinds that LHSPG may take units of; of knowledge, those that were measured."""
+        _, _, groups = self.adapted
+        kinds = sorted({groups[name].kind for name in self._trial().eligible})
+        found = [kind for kind in kinds if knowledge is None or any(row.kind == kind for row in knowledge.rows)]
+        if not found:
+            raise UsageError(f"the knowledge has nothing of kind {', '.join(kinds)}: measure that with fxprune sensitivity --kinds")
+        return found
+
+    def measure(self, given: Knowledge | None) -> tuple[Knowledge, tuple[str, ...], float]:
+        """(the knowledge distribution, the groups that it protects, seconds), measured only if it was not before.
+
+        Raises:
+            PlanError: What it protects puts the target out of reach.
+        """
+        gm, groups = self.bare
+        start, file = time.perf_counter(), self.work.knowledge
+        if given is not None:
+            found = given
+        elif file.is_file():
+            found = Knowledge.load(file)
+        else:
+            batches, text = self._windows()
+            beside = file.with_name(f"{file.name}.measuring")
+            options: dict[str, Any] = {"by": self.settings.knowledge_by, "text": text, "state": beside, "progress": self.progress}
+            found = measure_knowledge(gm, groups, batches, kinds=self._kinds(), **options)
+            found.save(file)
+            self.work.record("knowledge", {"seconds": round(time.perf_counter() - start, 3)})
+            beside.unlink(missing_ok=True)
+        seconds = float(self.work.stages.get("knowledge", {}).get("seconds", 0.0))
+        protected = found.protected(self.settings.protect_share, self._kinds(found))
+        self._reachable(protected)
+        return found, protected, seconds
+
+    def train(self, protect: Sequence[str]) -> ShearTraining:
+        """Run LHSPG to its end, from where its state is."""
+        run, settings = self.run, self.run.settings
+        student, _, _ = self.adapted
+        teacher = self.dense.to(run.world.device) if settings.distils else None
+        identity = {"the shearing": self.work.run}
+        state = StateDirectory(self.work.lhspg, identity, suffix="", of="shearing")
+        try:
+            parts = (student, student, teacher, self.batches, None, run.fit(student, self.schedule.steps), run.world, state)
+            selection = self.settings.selection(self.ratio, protect)
+            training = ShearTraining(
+                *parts, self.progress, wrap=lambda optimizer: self.lhspg(optimizer, selection), schedule=self.schedule
+            )
+            with without_cache(student), nullcontext() if teacher is None else quiet(teacher):
+                if teacher is not None:
+                    check_teacher(student, teacher, settings)
+                training.run()
+        finally:
+            state.close()
+        return training
+
+    def remove(self, training: ShearTraining, recipe: Mapping[str, Any]) -> tuple[PruneResult, dict[str, Any]]:
+        """Merge the adapters, and take out what is zero.
+
+        Args:
+            training: That is over.
+            recipe: What else the plan says of how it was made.
+
+        Returns:
+            (the pruned model, how exact it is).
+
+        Raises:
+            VerificationError: What goes is not exactly zero, or the pruned model computes something else.
+        """
+        student, gm, groups = self.adapted
+        inputs = example_inputs(student)
+        with quiet(student), torch.no_grad():
+            expected = call(student, inputs)
+            for name, parameter in self.copied.named_parameters():
+                parameter.copy_(_base(student, name))
+            whole = merged(self.copied, training.result(), self.run.settings)
+            for parameter, other in zip(self.copied.parameters(), whole.parameters(), strict=True):
+                parameter.data = other.data
+        plan = self._plan(training.lhspg, gm, groups, recipe)
+        zeros = _zeros(self.copied, self.bare[1], plan)
+        result = prune(self.copied, plan=plan, graph=self.bare[0], tokenizer=self.run.subject.tokenizer)
+        assert result.model is not None
+        with quiet(result.model), torch.no_grad():
+            error = relative_error(expected, call(result.model, inputs))
+        report = result.report
+        verified = None if report.verify is None else report.verify.to_json()
+        return result, {"zeros": zeros, "verify": verified, "eager_error": report.eager_error, "merged_error": error}
+
+    def _plan(self, lhspg: LHSPG, gm: GraphModule, groups: Groups, recipe: Mapping[str, Any]) -> PrunePlan:
+        """The plan of the model without adapters: its groups are the same, but for theirs."""
+        factors = factors_of(find_adapters(gm))
+        bare = {_key(group, frozenset()): name for name, group in self.bare[1].items()}
+        made = dict(lhspg.plan().recipe)
+        removed = float(made["removed"])
+        if abs(removed - self.ratio) > 1e-3:
+            note = f"asked for {self.ratio:.2%} of the parameters; the nearest that the units allow is {removed:.2%}"
+            made["note"] = note
+            self.notes.append(note)
+        try:
+            gone = {bare[_key(groups[name], factors)]: units for name, units in lhspg.zero.items()}
+        except KeyError as error:
+            raise FxPruneError("the groups of the model with adapters are not those of the model without") from error
+        return PrunePlan.from_removed(self.bare[1], gone, recipe={**made, **recipe})
+
+
+def _removable(group: PruneGroup) -> float:
+    return group.parameters_per_unit * (group.size - group.least)
+
+
+def _key(group: PruneGroup, factors: frozenset[str] | set[str]) -> frozenset[tuple[str, int]]:
+    """The parameter dimensions of a group, under the names that they have without adapters."""
+    own = (m for m in group.members if m.trainable and m.name not in factors)
+    return frozenset((m.name.replace(".base_layer.", "."), m.dim) for m in own)
+
+
+def _base(student: nn.Module, name: str) -> Tensor:
+    """The base weight of that name in a model with adapters."""
+    path, _, leaf = name.rpartition(".")
+    owner = student.get_submodule(path)
+    return cast(nn.Module, getattr(owner, "base_layer", owner)).get_parameter(leaf)
+
+
+def _zeros(model: nn.Module, groups: Groups, plan: PrunePlan) -> int:
+    """How many numbers of a model go with a plan, all of them zero.
+
+    Raises:
+        VerificationError: One is not.
+    """
+    named, count = dict(model.named_parameters(remove_duplicate=False)), 0
+    for name, units in plan.removed().items():
+        for member in (m for m in groups[name].members if m.trainable):
+            values = named[member.name].detach().index_select(member.dim, member.indices(units).to(named[member.name].device))
+            if bool(values.count_nonzero()):
+                raise VerificationError(f"a unit of '{name}' that goes is not zero in '{member.name}': nothing was removed")
+            count += values.numel()
+    return count

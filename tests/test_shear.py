@@ -1,0 +1,399 @@
+"""`fxprune.shear`: what comes out, that it is exact, where tokens go, the ablations, and that a killed run goes on."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import fxprune
+from fxprune import Knowledge, ShearReport, ShearResult
+from fxprune.api import example_inputs
+from fxprune.errors import CheckpointError, FxPruneError, PlanError, UsageError, VerificationError
+from fxprune.lorashear import parts, run
+from fxprune.lorashear.lhspg import LHSPG
+from fxprune.lorashear.training import ShearTraining
+from fxprune.lorashear.work import WorkDirectory
+from fxprune.recovery.loop import Training
+
+from .closeness import relative
+from .curricula import dense, write_sources
+from .recovering import write_instructions
+from .shearing import sheared, traced_once
+from .zoo import tokenizer, tokens
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two sources, and instructions."""
+    place = tmp_path_factory.mktemp("sources")
+    return [*write_sources(place), str(write_instructions(place / "alpaca.jsonl"))]
+
+
+@pytest.fixture(autouse=True)
+def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "trace", traced_once)
+
+
+@pytest.fixture(scope="module")
+def whole(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> ShearResult:
+    """A shearing of two stages that was never interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "trace", traced_once)
+        return sheared(tmp_path_factory.mktemp("whole") / "out", files[:2], then=[files[2]])
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return cast(Tensor, model(input_ids=tokens(3, 11, seed=9)).logits)
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_output_is_a_checkpoint_of_the_size_asked_for(whole: ShearResult) -> None:
+    report, unit = whole.report, 3 * 48
+    total = sum(p.numel() for p in dense().parameters())
+    assert report.parameters_before == total
+    assert report.parameters_after == sum(p.numel() for p in whole.model.parameters())
+    assert report.removed == pytest.approx(0.2, abs=unit / total)
+    assert whole.plan.recipe["recipe"] == report.recipe == "lorashear"
+    again = AutoModelForCausalLM.from_pretrained(whole.directory, trust_remote_code=True)
+    assert torch.equal(logits(again), logits(whole.model))
+    assert ShearReport.read(whole.directory) == report
+    assert os.listdir(whole.directory.parent) == ["out"]
+    assert whole.tokenizer("w1 w2")["input_ids"] == tokenizer()("w1 w2")["input_ids"]
+
+
+def test_the_report_has_a_section_for_each_stage(whole: ShearResult) -> None:
+    report = whole.report
+    assert report.knowledge is not None
+    assert report.recovery is not None
+    assert set(report.knowledge["groups"]) == {f"model.layers.{i}.{g}" for i in (0, 1) for g in ("self_attn.kv_heads", "mlp.ffn")}
+    most = max(report.knowledge["groups"], key=lambda name: report.knowledge["groups"][name]["loss_change"])  # type: ignore[index]
+    assert report.knowledge["protected"] == [most]  # a tenth of four groups, rounded up
+    assert most not in whole.plan.keep
+    assert report.knowledge["text"] == "4 x 20 tokens held out of kept.jsonl, lost.jsonl"
+    periods = report.lhspg["periods"]
+    assert [p["target"] for p in periods] == [0.5, 1.0]
+    assert periods[-1]["removed"] == pytest.approx(report.removed, abs=1e-6)
+    assert sum(p["units"] for p in periods) == sum(len(units) for units in whole.plan.removed().values())
+    assert all(p["saliency"]["least"] <= p["saliency"]["most"] for p in periods)
+    assert report.prune["verify"]["max_rel_error"] < 1e-5
+    assert report.prune["merged_error"] < 1e-5
+    assert report.prune["zeros"] == report.parameters_before - report.parameters_after
+    assert [list(stage) for stage in report.recovery["curriculum"]["stages"]] == [["kept.jsonl", "lost.jsonl"], ["alpaca.jsonl"]]
+    assert all(r["weights"] for r in report.recovery["curriculum"]["measurements"])
+    assert report.settings["periods"] == 2
+    assert report.budget == {"tokens": None, "steps": 20}
+    assert report.settings["lr"] == 3e-3
+    assert set(report.seconds) == {"knowledge", "lhspg", "prune", "recovery"}
+    assert all(value > 0 for value in report.seconds.values())
+    written = json.loads((whole.directory / "fxprune_report.json").read_text())
+    assert [(d["use"], d["name"]) for d in written["data"]] == [
+        *(("shearing", name) for name in ("kept.jsonl", "lost.jsonl")),
+        *(("recovery", name) for name in ("kept.jsonl", "lost.jsonl", "alpaca.jsonl")),
+    ]
+    assert "# out" in (whole.directory / "README.md").read_text()
+
+
+def test_tokens_and_steps_add_up(whole: ShearResult) -> None:
+    report = whole.report
+    assert report.recovery is not None
+    schedule = {name: report.lhspg[name] for name in ("steps", "warmup", "periods", "period_steps")}
+    assert (schedule["steps"], schedule["warmup"], schedule["period_steps"]) == (6, 2, 2)  # 0.3 of 20; 0.2 of 6 and what is over
+    assert report.recovery["steps"] == 14
+    tokens = report.tokens
+    assert tokens["recovery"] == report.recovery["tokens"]
+    assert [p["tokens"] for p in schedule["periods"]] == tokens["periods"]
+    read = tokens["warm-up"] + sum(tokens["periods"]) + tokens["after the periods"]
+    assert read == report.lhspg["history"]["tokens"][-1] == sum(s["tokens"] for s in report.lhspg["sources"].values())
+    assert tokens["total"] == read + tokens["recovery"]
+
+
+def test_the_dense_model_is_as_it_was(files: list[str], tmp_path: Path) -> None:
+    model = copy.deepcopy(dense())
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    sheared(tmp_path / "out", files[0], model=model, shear_share=1, protect_share=0, steps=6)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert not [n for n, _ in model.named_modules() if "lora" in n]
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_what_is_removed_is_what_was_trained(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint computes what the model with adapters and zeros computed when training ended."""
+    seen: list[Tensor] = []
+    run_training = ShearTraining.run
+
+    def watched(self: ShearTraining) -> None:
+        run_training(self)
+        seen.append(logits(self.model.eval()))
+
+    monkeypatch.setattr(ShearTraining, "run", watched)
+    result = sheared(tmp_path / "out", files[0], shear_share=1)
+    assert relative(seen[0], logits(result.model)) < 1e-5
+    assert result.report.recovery is None
+    assert set(result.report.tokens) == {"warm-up", "periods", "after the periods", "total"}
+
+
+def test_a_unit_that_is_not_zero_is_not_removed(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_training = ShearTraining.run
+
+    def sabotaged(self: ShearTraining) -> None:
+        run_training(self)
+        with torch.no_grad():
+            self.model.get_parameter("model.layers.1.mlp.down_proj.base_layer.weight").add_(1e-9)
+
+    monkeypatch.setattr(ShearTraining, "run", sabotaged)
+    with pytest.raises(VerificationError, match=r"a unit of 'model\..*' that goes is not zero in 'model\..*': nothing was removed"):
+        sheared(tmp_path / "out", files[0], protect_share=0, protect=["model.layers.0"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_uniform_widths_load_in_stock_transformers(files: list[str], tmp_path: Path) -> None:
+    result = sheared(tmp_path / "out", files[0], widths="uniform", protect_share=0, kinds=["ffn"], ratio=0.15)
+    assert result.report.form == "uniform"
+    assert result.report.knowledge is None
+    one, two = (len(units) for units in result.plan.keep.values())
+    assert one == two
+    again = AutoModelForCausalLM.from_pretrained(result.directory)
+    assert again.config.intermediate_size == one
+    assert torch.equal(logits(again), logits(result.model))
+
+
+def test_half_precision_on_the_processor(files: list[str], tmp_path: Path) -> None:
+    """Trained in 32 bits, stored in 16: what goes is zero in both."""
+    model = copy.deepcopy(dense()).bfloat16()
+    result = sheared(tmp_path / "out", files[0], model=model, shear_share=1, protect_share=0, steps=6)
+    assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
+    assert result.report.prune["zeros"] > 0
+
+
+# --- options ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_ablations(files: list[str], tmp_path: Path) -> None:
+    """At equal tokens: without knowledge, at once instead of progressively, with static weights."""
+    result = sheared(tmp_path / "out", files[:2], protect_share=0, one_shot=True, curriculum="static", tokens=4000, steps=None)
+    report = result.report
+    assert report.knowledge is None
+    assert report.recovery is not None
+    assert report.recovery["curriculum"]["weights"] == "static"
+    assert (len(report.lhspg["periods"]), report.lhspg["period_steps"]) == (1, 1)
+    assert report.lhspg["periods"][0]["step"] == report.lhspg["warmup"]
+    assert report.tokens["after the periods"] > 0
+    assert report.tokens["total"] == pytest.approx(4000, rel=0.1)
+    assert report.tokens["total"] <= 4000
+    assert report.tokens["total"] - report.tokens["recovery"] == pytest.approx(1200, rel=0.25)
+
+
+def test_constraints_hold_at_the_end(files: list[str], tmp_path: Path) -> None:
+    """And where they put the target out of reach by more than a thousandth, the report says so."""
+    result = sheared(
+        tmp_path / "out", files[0], ratio=0.1, kinds=["ffn"], protect_first=1, multiple=8, protect_share=0, shear_share=1, steps=6
+    )
+    assert {name: len(units) for name, units in result.plan.keep.items()} in ({"model.layers.1.mlp.ffn": n} for n in (32, 40))
+    assert (
+        result.report.notes[0]
+        == f"asked for 10.00% of the parameters; the nearest that the units allow is {result.report.removed:.2%}"
+    )
+
+
+def test_knowledge_that_was_measured_before(files: list[str], tmp_path: Path, whole: ShearResult) -> None:
+    gm = traced_once(dense(), example_inputs(dense()))
+    found = fxprune.measure_knowledge(gm, fxprune.find_groups(gm), [{"input_ids": tokens(2, 16)}], kinds=["ffn"], text="tokens")
+    found.save(tmp_path / "known.json")
+    result = sheared(tmp_path / "out", files[0], knowledge=tmp_path / "known.json", shear_share=1, protect_share=0.5, steps=6)
+    assert result.report.knowledge is not None
+    assert result.report.knowledge["text"] == "tokens"
+    assert result.report.knowledge["protected"] == list(found.protected(0.5)) == [found.ranked()[0].name]
+    assert found.ranked()[0].name not in result.plan.keep
+    foreign = replace(found, fingerprint="another's")
+    with pytest.raises(UsageError, match="the knowledge was measured on another model"):
+        sheared(tmp_path / "other", files[0], knowledge=foreign)
+    assert sorted(os.listdir(tmp_path)) == ["known.json", "out"]
+
+
+def test_knowledge_that_puts_the_target_out_of_reach(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the most favourable case would do, and what was measured does not: said before anything is trained; it is kept."""
+    monkeypatch.setattr(parts.Parts, "rehearse", lambda *_: None)
+    with pytest.raises(
+        PlanError, match=r"with a share of 0\.75 of all groups left whole \(protect_share\), a ratio of 30\.0% cannot"
+    ):
+        sheared(tmp_path / "out", files[0], ratio=0.3, protect_share=0.75)
+    kept = tmp_path / "out.shearing" / "knowledge.json"
+    result = sheared(
+        tmp_path / "out", files[0], ratio=0.1, protect_share=0.25, knowledge=kept, restart=True, steps=6, shear_share=1
+    )
+    assert result.report.knowledge is not None
+    assert len(result.report.knowledge["protected"]) == 1
+
+
+def test_recovery_reads_another_order_than_shearing(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[Tensor]] = {"shear": [], "recover": []}
+    step = Training._step
+
+    def watched(self: Training) -> None:
+        due = self._due()
+        seen["shear" if isinstance(self, ShearTraining) else "recover"].append(due.batches.batch(due.epoch, due.index)["input_ids"])
+        step(self)
+
+    monkeypatch.setattr(Training, "_step", watched)
+    sheared(tmp_path / "out", files[0], rounds=1, steps=10, protect_share=0)
+    assert not torch.equal(seen["shear"][0], seen["recover"][0])
+
+
+def test_a_teacher_in_both_stages(files: list[str], tmp_path: Path) -> None:
+    """Its own predictions at the first step, so that there is nothing to learn from it yet."""
+    result = sheared(tmp_path / "out", files[0], steps=10, distill_weight=1.0, protect_share=0)
+    losses = result.report.lhspg["history"]["loss"]
+    assert losses[0] == pytest.approx(0, abs=1e-5)
+    assert losses[-1] > 1e-3
+    assert result.report.settings["distill_weight"] == 1.0
+
+
+# --- a run that was interrupted ---------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As sudden as a signal, for the code inside."""
+
+
+def killed(*_: Any, **__: Any) -> None:
+    raise Killed
+
+
+def killed_at(begin: str, done: int) -> Callable[[str, int, int], None]:
+    def progress(what: str, reached: int, total: int) -> None:
+        if what.startswith(begin) and reached == done:
+            raise Killed
+
+    return progress
+
+
+MOMENTS = [
+    ("knowledge", 2),
+    ("shearing (warm-up", 1),
+    ("shearing (period 1 of 2", 4),
+    ("shearing (period 2 of 2", 5),
+    ("shearing (period 2 of 2", 6),
+    ("recovery, stage 1, round 1", 2),
+    ("measuring all sources", 0),
+]
+
+
+def same(result: ShearResult, expected: ShearResult) -> None:
+    """All but times and what tells the runs apart."""
+    one, two = ({**r.report.to_json(), "recovery": r.report.recovery} for r in (result, expected))
+    for report in (one, two):
+        for name in ("run", "seconds"):
+            del report[name]
+        del report["lhspg"]["tokens_per_second"], report["prune"]["verify"]["seconds"]
+        recovery = report.pop("recovery")
+        assert recovery is not None
+        report["kept"] = {name: recovery[name] for name in ("history", "curriculum", "tokens", "steps", "best_step", "stopped")}
+    assert one == two
+    a, b = weights(result.directory), weights(expected.directory)
+    assert set(a) == set(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_interrupted_run_goes_on_with_the_same_result(files: list[str], tmp_path: Path, whole: ShearResult) -> None:
+    """Killed in every stage, one after another: weights, losses, units, shares and tokens are those of a run that never was."""
+    out, calls = tmp_path / "out", []
+    for moment in MOMENTS:
+        with pytest.raises(Killed):
+            sheared(out, files[:2], then=[files[2]], progress=killed_at(*moment))
+        assert not out.exists()
+    work = tmp_path / "out.shearing"
+    assert {"run.json", "knowledge.json", "pruned", "recovered.recovering"} <= set(os.listdir(work))
+    assert fxprune.load(work / "pruned") is not None
+    result = sheared(out, files[:2], then=[files[2]], progress=lambda what, *_: calls.append(what))
+    assert not [what for what in calls if what.startswith(("knowledge", "shearing"))]
+    same(result, whole)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("where", ["save_pruned", "recover", "new_directory", "write_pages"])
+def test_killed_between_the_stages(
+    where: str, files: list[str], tmp_path: Path, whole: ShearResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(run, where, killed)
+        with pytest.raises(Killed):
+            sheared(out, files[:2], then=[files[2]])
+    assert not out.exists()
+    same(sheared(out, files[:2], then=[files[2]]), whole)
+
+
+def test_killed_while_clearing_up(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output stands: the same call finds that, and clears up."""
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkDirectory, "remove", killed)
+        with pytest.raises(Killed):
+            sheared(tmp_path / "out", files[0], shear_share=1, protect_share=0, steps=6)
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.shearing"]
+    result = sheared(tmp_path / "out", files[0], shear_share=1, protect_share=0, steps=6)
+    assert result.report.lhspg["steps"] == 6
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_loss_that_is_not_finite_and_a_full_disk(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was reached stays, and the same call goes on."""
+    out, options = tmp_path / "out", {"shear_share": 1, "protect_share": 0, "steps": 8}
+    expected = sheared(tmp_path / "expected", files[0], **options)
+    begin, count = LHSPG._begin, []
+
+    def spoilt(self: LHSPG, period: int) -> None:
+        count.append(1)
+        begin(self, period)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].fill_(float("nan"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LHSPG, "_begin", spoilt)
+        with pytest.raises(FxPruneError, match=r"the last good state, of step \d+, is kept in '.*out\.shearing/lhspg'"):
+            sheared(out, files[0], **{**options, "checkpoint_every": 2})
+    assert count
+    assert not out.exists()
+    with monkeypatch.context() as patch:
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr("fxprune.recovery.state.save_file", full)
+        with pytest.raises(CheckpointError, match=r"could not write the training state '.*out\.shearing/lhspg': No space left"):
+            sheared(out, files[0], **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("fxprune.checkpoint.save.write_pretrained", full)
+        with pytest.raises(CheckpointError, match=r"could not write '.*out\.shearing/pruned': No space left on device"):
+            sheared(out, files[0], **options)
+    result = sheared(out, files[0], **options)
+    a, b = weights(result.directory), weights(expected.directory)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    assert sorted(os.listdir(tmp_path)) == ["expected", "out"]
+
+
+def test_what_was_measured_can_be_used_elsewhere(files: list[str], tmp_path: Path) -> None:
+    """The file in the working directory is what `fxprune sensitivity` writes."""
+    with pytest.raises(Killed):
+        sheared(tmp_path / "out", files[0], progress=killed_at("shearing (warm-up", 1))
+    found = Knowledge.load(tmp_path / "out.shearing" / "knowledge.json")
+    found.check(fxprune.find_groups(traced_once(dense(), example_inputs(dense()))))
+    assert len(found.rows) == 4
