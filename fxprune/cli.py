@@ -101,10 +101,23 @@ def _parser() -> argparse.ArgumentParser:
             "sensitivity", parents=[common, loading], help="what each layer and group is worth, and which to leave whole"
         )
     )
+    _explore(
+        commands.add_parser("explore", parents=[common, loading], help="a page about groups, importance and what a plan keeps")
+    )
     verify = commands.add_parser("verify", parents=[common, loading], help="check a written checkpoint against its dense model")
     verify.add_argument("--dense", required=True, metavar="MODEL", help="the dense model it was pruned from")
     _eval(commands.add_parser("eval", parents=[common, loading], help="perplexity of a model on a text"))
     _recover(commands.add_parser("recover", parents=[common], help="train a pruned model until it knows again what it knew"))
+    report = commands.add_parser("report", parents=[common], help="render a checkpoint's report and model card again from its JSON")
+    report.add_argument("directory", metavar="DIR", help="a checkpoint that fxprune wrote")
+    against = commands.add_parser("compare", parents=[common], help="put checkpoints of one dense model side by side")
+    against.add_argument("directories", metavar="DIR", nargs="+", help="checkpoints that fxprune wrote, two or more")
+    against.add_argument("-o", "--output", metavar="FILE", help="write it as .html (with charts), .md or .json instead")
+    _shear(
+        commands.add_parser(
+            "shear", parents=[common, loading], help="LoRAShear: prune a model while adapters train it, then recover it"
+        )
+    )
     demo = commands.add_parser("demo", parents=[common], help="prune SmolLM2-135M by 20 %% and show everything")
     demo.add_argument("-o", "--output", default="demo-output", help="directory to write (replaced if it exists)")
     demo.add_argument("--ratio", type=float, default=0.2, help="share of all parameters to remove (default 0.2)")
@@ -160,6 +173,26 @@ def _groups(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--why", nargs=2, metavar=("PARAM_A", "PARAM_B"), help="the coupling path between two parameters")
     parser.add_argument("--export", metavar="FILE", help="write the coupling graph as .graphml, .json or .dot")
+    parser.add_argument(
+        "--picture", metavar="FILE", help="draw a block with its groups in colour: .dot, or by Graphviz .svg, .png, .pdf"
+    )
+    parser.add_argument("--block", metavar="MODULE", help="with --picture: which (default: the first residual block)")
+
+
+def _explore(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the page, .html: one file, no server, no network")
+    parser.add_argument("--meta", action="store_true", help="build the model without weights; then there is no importance")
+    parser.add_argument("--plan", metavar="FILE", help="show what this plan keeps, and the importance that it recorded")
+    parser.add_argument(
+        "--criterion", help="importance of units (default: what the plan recorded, or l2); see fxprune prune --help"
+    )
+    parser.add_argument(
+        "--calibration", metavar="TEXT", help="for criteria that read text: a file or a datasets name; default: the model's own"
+    )
+    parser.add_argument("--samples", type=int, default=32, help="calibration samples (default 32)")
+    parser.add_argument("--length", type=int, default=128, help="tokens of each (default 128)")
+    parser.add_argument("--batch-size", type=int, default=8, help="samples at a time (default 8)")
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def _sensitivity(parser: argparse.ArgumentParser) -> None:
@@ -228,6 +261,55 @@ def _recover(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of fxprune.Recovery")
 
 
+def _shear(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", required=True, help="directory to write; what is reached is kept in OUTPUT.shearing")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output directory if it exists")
+    parser.add_argument("--restart", action="store_true", help="drop what an interrupted run left")
+    what = parser.add_argument_group("what to remove")
+    what.add_argument("--ratio", type=float, required=True, help="share of all parameters, 0.2 for 20 %%")
+    what.add_argument("--kinds", type=kinds, help="kinds that may lose units (default kv_heads,ffn)")
+    what.add_argument("--widths", help="per-layer (default), or uniform: stock transformers; needs --protect-share 0")
+    what.add_argument("--protect-first", type=int, metavar="K", help="leave the first K layers whole")
+    what.add_argument("--protect-last", type=int, metavar="K", help="leave the last K layers whole")
+    what.add_argument("--protect", action="append", metavar="PATTERN", help="leave groups of this name whole")
+    what.add_argument("--multiple", type=int, help="round widths to a multiple (heads excepted)")
+    what.add_argument("--floor", type=float, help="least share of units that a group keeps")
+    what.add_argument(
+        "--protect-share", type=float, metavar="SHARE", help="of the groups that matter most, left whole (default 0.1)"
+    )
+    what.add_argument("--knowledge", metavar="FILE", help="what fxprune sensitivity -o FILE wrote, instead of measuring")
+    text = parser.add_argument_group("text", "a file, a datasets name, or a mixture: a.jsonl=0.7,b.txt=0.3")
+    text.add_argument("--data", required=True, help="what to shear on, and recovery's first stage")
+    text.add_argument("--then", action="append", metavar="DATA", help="recovery's next stage; may be given several times")
+    text.add_argument("--samples", help="examples read of each source (default all)")
+    how = parser.add_argument_group("training", "what is not given here is as in the recipe")
+    how.add_argument("--tokens", type=int, help="to train on altogether, shearing and recovery")
+    how.add_argument("--steps", type=int, help="instead: optimizer steps altogether")
+    how.add_argument("--recipe", help="lorashear (the default), or a .yaml file")
+    how.add_argument("--shear-share", type=float, metavar="SHARE", help="of the tokens, for shearing (default 0.3; 1: no recovery)")
+    how.add_argument("--periods", type=int, help="in which units go to zero (default 4)")
+    how.add_argument("--one-shot", action="store_true", default=None, help="all units go at once after the warm-up (an ablation)")
+    how.add_argument("--projection", help="half-space (default) or linear")
+    how.add_argument("--curriculum", metavar="WEIGHTS", help="of recovery: dynamic (default) or static")
+    how.add_argument("--rounds", type=int, help="of each stage of recovery at most (default 4)")
+    how.add_argument("--patience", type=int, help="end a stage after so many rounds without a fall (default 1; 0 never)")
+    how.add_argument("--rank", help="of the adapters")
+    how.add_argument("--lr", help="learning rate: of shearing, and the peak of recovery")
+    how.add_argument("--batch-size", help="sequences of an optimizer step")
+    how.add_argument("--micro-batch-size", help="sequences run at a time; fewer need less memory")
+    how.add_argument("--length", help="tokens of a packed row")
+    how.add_argument("--cutoff", help="tokens that an example is cut to")
+    how.add_argument("--seed", help="of data order, dropout and the adapters' start")
+    how.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other setting of a shearing, or field of fxprune.Recovery",
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw recovery's weights and degradation (needs the extra plot)")
+
+
 def _eval(parser: argparse.ArgumentParser) -> None:
     file = "a .txt/.json/.jsonl file (.gz too) or a datasets name"
     parser.add_argument("--dense", metavar="MODEL", help="measure this one in the same way and show the share that is kept")
@@ -246,6 +328,9 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latency", action="store_true", help="measure prefill and decode too")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the table (.md) or the numbers (.json) too")
+    parser.add_argument(
+        "--attach", action="store_true", help="keep the numbers with the model: MODEL/eval.json, and its report rendered again"
+    )
 
 
 if __name__ == "__main__":

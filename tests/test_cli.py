@@ -24,7 +24,7 @@ def test_help_needs_no_torch() -> None:
     code = """
 import contextlib, io, sys
 from fxprune.cli import main
-for command in ([], ["prune"], ["groups"], ["verify"], ["eval"], ["recover"], ["demo"]):
+for command in ([], ["prune"], ["groups"], ["explore"], ["verify"], ["eval"], ["recover"], ["shear"], ["demo"]):
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         main([*command, "--help"])

@@ -22,6 +22,7 @@ from packaging.utils import canonicalize_name
 import fxprune
 import fxprune.passes
 from fxprune._version import __version__
+from fxprune.explorer.page import SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORT_NAMES = {"huggingface-hub": "huggingface_hub", "lm-eval": "lm_eval", "pyyaml": "yaml"}
@@ -103,6 +104,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {n for n in names if n.endswith(".py")} == expected
     assert "fxprune/passes/__init__.py" in names
     assert "fxprune/py.typed" in names
+    assert {f"fxprune/explorer/page/{name}" for name in ("page.html", "page.css", *SCRIPTS)} <= names
     assert {n.split("/")[0] for n in names} == {"fxprune", f"fxprune-{__version__}.dist-info"}
     assert not [n for n in names if "test" in n or "__pycache__" in n]
 

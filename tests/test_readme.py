@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fxprune.cli import main
+from fxprune.cli import _parser, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,11 +64,63 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("file", "count"), [("README.md", 6), ("docs/rules.md", 1), ("docs/sensitivity.md", 1)])
-def test_python_blocks_run_in_order(file: str, count: int, workplace: Path) -> None:
+PAGES = [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+
+
+def with_graphviz() -> dict[str, Any]:
+    """The same, where pictures can be drawn."""
+    if shutil.which("dot") is None:
+        pytest.skip("the program dot (Graphviz) is not installed")
+    return pruned_before()
+
+
+def pruned_before() -> dict[str, Any]:
+    """What pages that begin after a prune stand on: checkpoints, and the names of the README's first blocks."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import fxprune
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("my-model"), AutoTokenizer.from_pretrained("my-model")
+    graph = fxprune.trace(model, {"input_ids": torch.arange(32).view(2, 16)})
+    results = {}
+    for share in (10, 20):
+        results[share] = fxprune.prune(model, share / 100, graph=graph, recipe="magnitude", tokenizer=tokenizer)
+        results[share].save_pretrained(f"my-model-{share}")
+    names = {"fxprune": fxprune, "model": model, "tokenizer": tokenizer, "gm": graph}
+    return names | {"result": results[20], "groups": results[20].groups}
+
+
+def adapted() -> dict[str, Any]:
+    """A model with adapters, and text for as many steps as the page's example takes."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    import fxprune
+
+    model: Any = AutoModelForCausalLM.from_pretrained("my-model")
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    ids = torch.arange(16).view(2, 8)
+
+    def loss_of(module: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return module(input_ids=batch, labels=batch).loss
+
+    return {"torch": torch, "fxprune": fxprune, "peft_model": peft_model, "ids": ids, "data": [ids] * 300, "loss_of": loss_of}
+
+
+BEFORE = {"docs/lorashear.md": adapted, "docs/report.md": pruned_before, "docs/explorer.md": with_graphviz}
+
+
+def test_pages_with_code_are_found() -> None:
+    assert {"README.md", "docs/rules.md", "docs/sensitivity.md", "docs/concepts.md", *BEFORE} <= {
+        p for p in PAGES if blocks(p, "python")
+    }
+
+
+@pytest.mark.parametrize("file", [page for page in PAGES if blocks(page, "python")])
+def test_python_blocks_run_in_order(file: str, workplace: Path) -> None:
     found = blocks(file, "python")
-    assert len(found) >= count
-    names: dict[str, Any] = {}
+    assert len(found) >= {"README.md": 6}.get(file, 1)
+    names: dict[str, Any] = BEFORE[file]() if file in BEFORE else {}
     for number, code in enumerate(found):
         exec(compile(code, f"{file}, python block {number + 1}", "exec"), names)
     if file == "README.md":
@@ -104,13 +158,16 @@ def test_shell_commands_of_the_first_screen_run(workplace: Path) -> None:
     assert (workplace / "my-model-20" / "config.json").is_file()
 
 
-def test_every_option_and_command_that_the_readme_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    text = re.sub(r"`python -m benchmarks[^`]*`", "", (ROOT / "README.md").read_text())  # those have options of their own
-    options = set(re.findall(r"`(?:[^`]*\s)?(--[a-z-]+)", text))
-    known = ""
-    for command in ("prune", "recover", "groups", "sensitivity", "verify", "eval", "demo"):
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
-        known += capsys.readouterr().out
-    assert options
-    assert not {o for o in options if o not in known}
+def every_option() -> set[str]:
+    """Every option of every command."""
+    (commands,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return {option for parser in commands.choices.values() for action in parser._actions for option in action.option_strings}
+
+
+@pytest.mark.parametrize("file", PAGES)
+def test_every_option_that_a_page_names_exists(file: str) -> None:
+    text = re.sub(r"`[^`\n]*python -m [^`]*`", "", (ROOT / file).read_text())  # benchmarks have options of their own
+    named = set(re.findall(r"`(?:[^`\n]*\s)?(--[a-z-]+)", text))
+    named |= {o for code in blocks(file, "bash") for o in re.findall(r"\s(--[a-z-]+)", code)}
+    assert named or file != "README.md"
+    assert not named - every_option()
