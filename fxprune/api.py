@@ -93,6 +93,13 @@ class PruneReport:
     importance: dict[str, dict[str, Any]] = field(default_factory=dict)
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        checked = f", verified to {self.verify.max_rel_error:.1e}" if self.verify else ""
+        return f"PruneReport({self._sizes()}, {self.form}{checked})"
+
+    def _sizes(self) -> str:
+        return f"{self.parameters_before:,} -> {self.parameters_after:,} parameters ({-self.removed:+.1%})"
+
     @property
     def removed(self) -> float:
         """Share of the parameters that went."""
@@ -132,6 +139,10 @@ class PruneResult:
     surgery: dict[str, Any] = field(default_factory=dict)
     dense_config: Any = None
     dense_model: nn.Module | None = None
+
+    def __repr__(self) -> str:
+        kind = type(self.graph_module if self.model is None else self.model).__name__
+        return f"PruneResult({kind}, {self.report._sizes()}, {self.form})"
 
     def run(self, module: nn.Module) -> Any:
         """Call a module on the example inputs."""

@@ -45,6 +45,10 @@ class PrunePlan:
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        gone, units = sum(self.sizes[n] - len(k) for n, k in self.keep.items()), sum(self.sizes[n] for n in self.keep)
+        return f"PrunePlan({gone:,} of {units:,} units in {len(self.keep)} groups go, {len(self.drop)} blocks)"
+
     @classmethod
     def from_keep(
         cls,

@@ -94,6 +94,10 @@ class Planning:
         return {**vars(self), "criterion": name, **own}
 
 
+_SETTINGS = tuple(f.name for f in dataclasses.fields(Planning))
+_KEYWORDS = (*_SETTINGS, "recipe", "calibration", "tokenizer", "inputs", "loss", "progress")  # of prune and Pipeline.from_recipe
+
+
 def settle(
     recipe: RecipeLike,
     given: Mapping[str, Any],
@@ -124,7 +128,7 @@ def settle(
     fields = [f.name for f in dataclasses.fields(Selection)]
     for name in options:
         if name not in fields:
-            raise UsageError(f"unknown option '{name}'; {nearest(name, fields)}")
+            raise UsageError(f"unknown option '{name}'; {nearest(name, (*fields, *_KEYWORDS))}")
     typed = [*(["ratio"] if ratio is not None else []), *options]
     if plan is not None and (typed or selection is not None):
         raise UsageError(f"plan= is replayed as it is: leave out {(typed or ['selection'])[0]}=")

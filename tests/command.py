@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -42,3 +43,14 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> Ran:
         status = cast(int, exit.code)
     captured = capsys.readouterr()
     return Ran(status, captured.out, captured.err)
+
+
+def beside_links(
+    place: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
+) -> Iterator[Run]:
+    """The command with its first words, in an empty directory that shows the files of another: what a fixture yields."""
+    monkeypatch.chdir(here)
+    for path in place.iterdir():
+        (here / path.name).symlink_to(path)
+    yield lambda *arguments: call(capsys, *words, *arguments)
+    logging.getLogger("fxprune").setLevel(logging.NOTSET)

@@ -77,8 +77,10 @@ def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"selection": Selection(ratio=0.5), "plan": PrunePlan({})}, "plan= is replayed as it is: leave out selection="),
         (
             {"ratio": 0.2, "width": "uniform"},
-            "unknown option 'width'; did you mean 'widths'? Choose from: floor, kinds, multiple, ",
+            "unknown option 'width'; did you mean 'widths'? There are ",
         ),
+        ({"ratio": 0.2, "calibraton": "a.txt"}, "unknown option 'calibraton'; did you mean 'calibration'? "),
+        ({"ratio": 0.2, "critrion": "l2"}, "unknown option 'critrion'; did you mean 'criterion'? "),
         ({"ratio": 0.2, "criterion": "taylor"}, "unknown criterion 'taylor'; did you mean 'taylor"),
         ({"ratio": 0.2, "criterion": 3}, "a criterion is a name or a callable (name, weight, gradient) -> scores, not 3"),
         ({"ratio": 0.2, "aggregation": "som"}, "unknown aggregation 'som'; did you mean 'sum'? Choose from: first, last, max, "),
@@ -391,3 +393,15 @@ def test_tolerance_is_that_of_the_dtype() -> None:
     assert wide.report.verify.max_rel_error < 1e-12 < wide.report.verify_tolerance < 1e-6
     assert wide.report.eager_error is not None
     assert not math.isnan(wide.report.eager_error)
+
+
+def test_results_say_what_they_are_in_a_line() -> None:
+    result = fxprune.prune(build("llama"), units={"ffn": 0.25}, criterion="l1")
+    before, after = result.report.parameters_before, result.report.parameters_after
+    sizes = f"{before:,} -> {after:,} parameters (-{1 - after / before:.1%})"
+    assert repr(result) == f"PruneResult(LlamaForCausalLM, {sizes}, uniform)"
+    assert result.report.verify is not None
+    assert repr(result.report) == f"PruneReport({sizes}, uniform, verified to {result.report.verify.max_rel_error:.1e})"
+    layers, width = len(result.plan.keep), next(iter(result.plan.sizes.values()))
+    gone = sum(len(units) for units in result.plan.removed().values())
+    assert repr(result.plan) == f"PrunePlan({gone} of {layers * width} units in {layers} groups go, 0 blocks)"

@@ -110,6 +110,16 @@ def test_what_may_not_be_written(small: PruneResult, tmp_path: Path) -> None:
     assert contents(tmp_path) == {"file": b"", "out/thesis.txt": b"years of work"}
 
 
+def test_the_dense_model_is_not_replaced(small: PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    (dense / "config.json").write_text("{}")
+    monkeypatch.setattr(small.dense_config, "_name_or_path", str(dense))
+    with pytest.raises(UsageError, match=f"the output directory '{dense}' holds the dense model: it will not be replaced"):
+        small.save_pretrained(dense, overwrite=True)
+    assert contents(tmp_path) == {"dense/config.json": b"{}"}
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_parent_without_permission(small: PruneResult, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

@@ -213,4 +213,4 @@ def test_groups(run: Run, tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size > 1000
     ran = run("groups", "dense", "--export", str(tmp_path / "no" / "groups.json"))
     assert ran.status == 2
-    assert "No such file or directory" in ran.said
+    assert "there is no directory" in ran.said

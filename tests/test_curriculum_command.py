@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import signal
@@ -23,7 +22,7 @@ from fxprune.errors import UsageError
 from fxprune.recovery.curriculum import Curriculum
 from fxprune.recovery.plot import plot_curriculum
 
-from .command import ROOT, Ran, Run, call
+from .command import ROOT, Run, beside_links
 from .curricula import SHORT, damaged, dense, measurements, taught, write_sources
 from .recovering import SLOWLY, write_instructions
 from .zoo import tokenizer
@@ -48,16 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Run the command in an empty directory that shows the files."""
-    monkeypatch.chdir(tmp_path)
-    for path in place.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-
-    def command(*arguments: str) -> Ran:
-        return call(capsys, "recover", "pruned", "-o", "out", *arguments)
-
-    yield command
-    logging.getLogger("fxprune").setLevel(logging.NOTSET)
+    yield from beside_links(place, tmp_path, monkeypatch, capsys, "recover", "pruned", "-o", "out")
 
 
 def reported() -> dict[str, Any]:

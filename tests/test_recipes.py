@@ -218,7 +218,7 @@ def test_what_is_given_beside_a_plan_or_a_selection(llama: nn.Module) -> None:
     assert error(0.2, None, plan, {}) == "plan= is replayed as it is: leave out ratio="
     assert error(None, ready, plan, {}) == "plan= is replayed as it is: leave out selection="
     assert error(None, ready, None, {"kinds": "ffn"}) == "selection= says what to remove: leave out kinds="
-    assert error(0.2, None, None, {"rankings": 1}).startswith("unknown option 'rankings'; did you mean 'ranking'? Choose from: ")
+    assert error(0.2, None, None, {"rankings": 1}).startswith("unknown option 'rankings'; did you mean 'ranking'? There are ")
     assert error(None, None, None, {}).startswith("give either ratio= (share of all parameters) or units= (share of units)")
 
 

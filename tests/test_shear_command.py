@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import signal
@@ -20,7 +19,7 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from .command import ROOT, Ran, Run, call
+from .command import ROOT, Run, beside_links
 from .curricula import dense, write_sources
 from .recovering import SLOWLY, write_instructions
 from .zoo import tokenizer
@@ -44,16 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Run the command in an empty directory that shows the files."""
-    monkeypatch.chdir(tmp_path)
-    for path in place.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-
-    def command(*arguments: str) -> Ran:
-        return call(capsys, "shear", "dense", "-o", "out", *arguments)
-
-    yield command
-    logging.getLogger("fxprune").setLevel(logging.NOTSET)
+    yield from beside_links(place, tmp_path, monkeypatch, capsys, "shear", "dense", "-o", "out")
 
 
 def made() -> list[str]:

@@ -202,7 +202,8 @@ def _command(script: str, arguments: argparse.Namespace) -> str:
         if name == "model":
             shown = Path(value).name if Path(value).exists() else value
         if value is not True:
-            words.append(" ".join(map(str, shown)) if isinstance(shown, list | tuple) else str(shown))
+            several = shown if isinstance(shown, list | tuple) else [shown]
+            words += ["=".join(map(str, one)) if isinstance(one, tuple) else str(one) for one in several]
     return " ".join(words)
 
 

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from ..names import PLAN_FILE as PLAN_FILE
 from ..names import REPORT_FILE as REPORT_FILE
 from ..reporting.page import write_pages
 from .eager import call, judge
-from .per_layer import write_per_layer
 
 if TYPE_CHECKING:
     from ..api import PruneResult
@@ -134,7 +132,7 @@ def save_pruned(
         more: What else the report file says.
 
     Raises:
-        UsageError: The directory exists.
+        UsageError: The directory exists, or holds the dense model.
         CheckpointError: There is no eager form of the model, the disk is full, or what was read back is not what was written.
             Nothing is left behind.
     """
@@ -144,6 +142,9 @@ def save_pruned(
         raise CheckpointError(
             "a model with adapters has no checkpoint that holds its pruned weights: save result.model.merge_and_unload() instead"
         )
+    origin = getattr(result.dense_config, "_name_or_path", "")  # a hub id, or where the dense model was read from
+    if origin and Path(origin).is_dir() and Path(directory).is_dir() and os.path.samefile(origin, directory):
+        raise UsageError(f"the output directory '{directory}' holds the dense model: it will not be replaced; choose another")
     with new_directory(directory, overwrite=overwrite) as work:
         if hasattr(result.model, "save_pretrained"):
             _write_pretrained(result, work, max_shard_size)
@@ -161,11 +162,7 @@ def save_pruned(
 
 def _write_pretrained(result: PruneResult, work: Path, max_shard_size: str) -> None:
     model: Any = result.model
-    if result.form == "per-layer":
-        write = partial(write_per_layer, model, result.dense_config, result.surgery)
-    else:
-        write = model.save_pretrained
-    write_pretrained(model, result.tokenizer, work, partial(write, work, max_shard_size=max_shard_size))
+    write_pretrained(model, result.tokenizer, work, lambda: model.save_pretrained(work, max_shard_size=max_shard_size))
 
 
 def write_pretrained(model: Any, tokenizer: Any, work: Path, write: Callable[[], None]) -> None:

@@ -105,6 +105,12 @@ def show_result(result: PruneResult) -> None:
         console.print(f"note        {report.note}", markup=False)
 
 
+def interrupted(state: str) -> int:
+    """Say that the same command goes on from a state that was left on disk; returns the exit status."""
+    console.print(f"fxprune: interrupted; the same command goes on from the state in '{state}'", markup=False)
+    return 130
+
+
 def dump(data: Any) -> None:
     """Print JSON on standard output."""
     print(json.dumps(data, indent=1))

@@ -18,7 +18,7 @@ from ..recovery.result import RecoveryResult
 from ..recovery.run import recover
 from ..recovery.settings import settings_of
 from ..recovery.state import SUFFIX
-from .common import check_device, console, progress, quiet_libraries
+from .common import check_device, console, interrupted, progress, quiet_libraries
 
 FLAGS = (
     "samples",
@@ -65,10 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
                 **overrides,
             )
     except KeyboardInterrupt:
-        console.print(
-            f"fxprune: interrupted; the same command goes on from the state in '{arguments.output}{SUFFIX}'", markup=False
-        )
-        return 130
+        return interrupted(f"{arguments.output}{SUFFIX}")
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -108,9 +105,8 @@ def _show(result: RecoveryResult) -> None:
     report = result.report
     share = report.trained_parameters / report.parameters
     console.print(f"trained     {report.trained_parameters:,} parameters ({share:.1%}), {report.settings['method']}")
-    console.print(
-        f"steps       {report.steps} ({report.stopped}), {report.tokens:,} tokens, {report.tokens_per_second:,.0f} tokens/s"
-    )
+    pace = f", {report.tokens_per_second:,.0f} tokens/s" if report.tokens_per_second else ""  # too few steps tell of none
+    console.print(f"steps       {report.steps} ({report.stopped}), {report.tokens:,} tokens{pace}")
     if report.history["loss"]:
         console.print(f"loss        {report.history['loss'][0]:.3f} -> {report.history['loss'][-1]:.3f}")
     if report.perplexity is not None:

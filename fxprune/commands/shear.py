@@ -15,7 +15,7 @@ from ..lorashear.settings import settle
 from ..lorashear.work import SUFFIX
 from ..plotting import check_plot
 from ..recovery.plot import plot_curriculum
-from .common import check_device, console, progress, quiet_libraries
+from .common import check_device, console, interrupted, progress, quiet_libraries
 from .recover import overrides_of, show_curriculum
 
 FLAGS = (
@@ -59,10 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
                 **given,
             )
     except KeyboardInterrupt:
-        console.print(
-            f"fxprune: interrupted; the same command goes on from the state in '{arguments.output}{SUFFIX}'", markup=False
-        )
-        return 130
+        return interrupted(f"{arguments.output}{SUFFIX}")
     _show(result.report)
     if arguments.plot is not None and result.report.recovery is not None:
         plot_curriculum(result.report.recovery["curriculum"], arguments.plot)

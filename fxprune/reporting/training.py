@@ -25,11 +25,12 @@ def recovery_blocks(recovery: Mapping[str, Any]) -> Iterator[Block]:
     validation: Sequence[Mapping[str, float]] = recovery["validation"]
     settings, history = recovery["settings"], recovery["history"]
     share = recovery["trained_parameters"] / recovery["parameters"] if recovery["parameters"] else 0.0
+    pace = f"{recovery['tokens_per_second']:,.0f} tokens/s, " if recovery["tokens_per_second"] else ""  # too few steps tell of none
     rows = [
         ["method", f"{settings['method']}, {recovery['trained_parameters']:,} parameters trained ({share:.1%})"],
         ["steps", f"{recovery['steps']:,} ({recovery['stopped']}); weights of step {recovery['best_step']:,}"],
         ["tokens read", f"{recovery['tokens']:,}"],
-        ["pace", f"{recovery['tokens_per_second']:,.0f} tokens/s, {recovery['seconds']:,.1f} s"],
+        ["pace", f"{pace}{recovery['seconds']:,.1f} s"],
         ["teacher", recovery["teacher"] or "none"],
     ]
     if both := held_out(recovery):
