@@ -4,7 +4,8 @@
     python -m benchmarks.compile --smollm2        # and the real SmolLM2-135M (after `make demo`): equality and speed
 
 Equality is of the compiled model and the GraphModule that `fxprune.rewrite` makes of the same plan, as relative errors at sizes
-that are compiled for and at new ones. Untouched means that a hash of all the dense model's parameters and buffers is the same.
+that are compiled for and at new ones, with ``inner="eager"``: inductor's own rounding (``inductor_errors``) is given beside that of
+the rewritten module compiled by inductor (``inductor_errors_of_the_rewritten``). Untouched means that a hash of all the dense model's parameters and buffers is the same.
 Speed is prefill with `inner="inductor"`: the backend on the dense model against ``torch.compile`` of the rewritten module, the two
 taking turns in one process. It needs an otherwise idle machine; the rest does not. Writes benchmarks/results/compile.json.
 """
@@ -113,7 +114,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def smollm2(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The real model, one width for all layers; compiled by inductor and timed."""
+    """The real model, one width for all layers; also compiled by inductor, and timed."""
     from fxprune.checkpoint.source import load_source
     from fxprune.demo import model_file
 
@@ -124,9 +125,13 @@ def smollm2(arguments: argparse.Namespace) -> dict[str, Any]:
     small = fxprune.rewrite(gm, plan)
     generator = torch.Generator().manual_seed(arguments.seed)
     prompts = [torch.randint(0, 49152, shape, generator=generator) for shape in ((2, 16), (3, 40), (1, arguments.length))]
-    found, compiled = equality(model, small, plan, prompts, inner="inductor")
+    found, _ = equality(model, small, plan, prompts, inner="eager")
+    by_inductor, compiled = equality(model, small, plan, prompts, inner="inductor")
     rewritten: Any = torch.compile(small)
-    return {**found, "ratio": arguments.ratio, **speed(compiled, rewritten, model, prompts, arguments.repeats)}
+    with torch.no_grad():
+        itself = [relative_error(small(input_ids=ids).logits, rewritten(input_ids=ids).logits) for ids in prompts]
+    rounding = {"inductor_errors": by_inductor["errors"], "inductor_errors_of_the_rewritten": itself}
+    return {**found, "ratio": arguments.ratio, **rounding, **speed(compiled, rewritten, model, prompts, arguments.repeats)}
 
 
 def speed(compiled: Any, rewritten: Any, model: nn.Module, prompts: list[Tensor], repeats: int) -> dict[str, Any]:

@@ -184,7 +184,11 @@ def test_how_much_of_the_gap_is_closed() -> None:
 
     rows = [row("dense", 0.0, a=10, b=10), row("l2", 0.2, a=200, b=900), row("flap", 0.2, a=300, b=200), row("l2", 0.5, a=1, b=1)]
     rows += [row("default", 0.2, a=100, b=40), {"name": "uniform", "key": {"ratio": 0.2}, "error": "none"}]
-    assert criteria.closed(rows) == ["default at 20% closes 23.1% of the gap on a", "default at 20% closes 53.7% of the gap on b"]
+    shares = ["default at 20% closes 23.1% of the gap on a", "default at 20% closes 53.7% of the gap on b"]
+    assert criteria.closed(rows) == shares
+    both = [{**r, "recovered": {"perplexity": r["perplexity"]}} if r["name"] in ("flap", "default") else r for r in rows]
+    more = ["default at 20%, recovered, closes 32.3% of the gap on a", "default at 20%, recovered, closes 53.7% of the gap on b"]
+    assert criteria.closed(both) == [*shares, *more]
 
 
 def _planning(row: Any) -> Any:

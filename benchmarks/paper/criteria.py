@@ -69,6 +69,7 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
     "kept (%)": lambda r: _percent(r["tasks"]),
     "recovered WikiText-2": lambda r: r["recovered"]["perplexity"]["wikitext2"]["perplexity"],
     "recovered PTB": lambda r: r["recovered"]["perplexity"]["ptb"]["perplexity"],
+    "recovered C4": lambda r: r["recovered"]["perplexity"]["c4"]["perplexity"],
     "recovered kept (%)": lambda r: _percent(r["recovered"]["tasks"]),
     "seconds": lambda r: round(sum(r["seconds"].values())),
 }
@@ -211,8 +212,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def closed(rows: Sequence[Row]) -> list[str]:
     """How much of the gap in log-perplexity between the best of the others and the dense model each of our rows closes."""
-    known = {(r["name"], r["key"]["ratio"]): r["perplexity"] for r in rows if "perplexity" in r}
-    dense, lines = known["dense", 0.0], []
+    dense = next(r for r in rows if r["name"] == "dense")["perplexity"]
+    plain = {(r["name"], r["key"]["ratio"]): r["perplexity"] for r in rows if "perplexity" in r}
+    recovered = {
+        (r["name"], r["key"]["ratio"]): r["recovered"]["perplexity"] for r in rows if "perplexity" in r.get("recovered", {})
+    }
+    return [*_shares(plain, dense, ""), *_shares(recovered, dense, ", recovered,")]
+
+
+def _shares(known: Mapping[tuple[str, float], Row], dense: Row, when: str) -> list[str]:
+    lines = []
     for (name, ratio), ours in known.items():
         peers = [p for (other, r), p in known.items() if r == ratio and other not in OURS]
         if name not in OURS or not peers:
@@ -220,7 +229,7 @@ def closed(rows: Sequence[Row]) -> list[str]:
         for text, own in ours.items():
             best, whole = (math.log(value) for value in (min(p[text]["perplexity"] for p in peers), dense[text]["perplexity"]))
             share = (best - math.log(own["perplexity"])) / (best - whole)
-            lines.append(f"{name} at {ratio:.0%} closes {share:.1%} of the gap on {text}")
+            lines.append(f"{name} at {ratio:.0%}{when} closes {share:.1%} of the gap on {text}")
     return lines
 
 
