@@ -5,7 +5,8 @@
 
 Equality is of the compiled model and the GraphModule that `fxprune.rewrite` makes of the same plan, as relative errors at sizes
 that are compiled for and at new ones, with ``inner="eager"``: inductor's own rounding (``inductor_errors``) is given beside that of
-the rewritten module compiled by inductor (``inductor_errors_of_the_rewritten``). Untouched means that a hash of all the dense model's parameters and buffers is the same.
+the rewritten module compiled by inductor (``inductor_errors_of_the_rewritten``). Untouched means that a hash of all the dense
+model's parameters and buffers is the same.
 Speed is prefill with `inner="inductor"`: the backend on the dense model against ``torch.compile`` of the rewritten module, the two
 taking turns in one process. It needs an otherwise idle machine; the rest does not. Writes benchmarks/results/compile.json.
 """
