@@ -297,8 +297,7 @@ def prune(
     if how.compensation != "none":
         made_up = clock("compensation", compensate, gm, small, plan, material.batches(), method=how.compensation, progress=progress)
     form, eager, error, note = clock("eager", _eager, model, groups, plan, small, probe, allowed, made_up.added if made_up else ())
-    if form == "per-layer":
-        assert eager is not None
+    if eager is not None and form == "per-layer" and not hasattr(model, "merge_and_unload"):  # peft saves adapters
         save_itself(eager.model, model.config, eager.spec)
     if form == "graph":
         note += _trace_differs(model, gm, probe, allowed)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Sequence
 
@@ -16,7 +18,7 @@ MODEL = "a hub id, a local directory, a .gguf file, or a checkpoint that fxprune
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (0 done, 1 failed, 2 used wrongly)."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parsed(argv)
     _logging(arguments.verbose)
     try:
         return int(importlib.import_module(f".commands.{arguments.command}", __package__).run(arguments) or 0)
@@ -84,7 +86,20 @@ def _mapping(text: str) -> dict[str, float]:
         raise argparse.ArgumentTypeError(f"'{text}' is not of the form kind=number,kind=number") from None
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; what a command does not know is refused with that command's usage, and the nearest option that it has."""
+    parsers: dict[str, argparse.ArgumentParser] = {}
+    arguments, unknown = _parser(parsers).parse_known_args(argv)
+    if unknown:
+        parser = parsers[arguments.command]
+        options = re.findall(r"--[a-z][a-z-]*", parser.format_help())
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean '{close[0]}'?" if close else ""))
+    return arguments
+
+
+def _parser(parsers: dict[str, argparse.ArgumentParser] | None = None) -> argparse.ArgumentParser:
+    """All commands; those parsers are put into ``parsers`` by name."""
     parser = argparse.ArgumentParser(prog="fxprune", description="Make transformers smaller by removing structure, exactly.")
     parser.add_argument("--version", action="version", version=f"fxprune {__version__}")
     common = argparse.ArgumentParser(add_help=False)
@@ -121,6 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", parents=[common], help="prune SmolLM2-135M by 20 %% and show everything")
     demo.add_argument("-o", "--output", default="demo-output", help="directory to write (replaced if it exists)")
     demo.add_argument("--ratio", type=float, default=0.2, help="share of all parameters to remove (default 0.2)")
+    if parsers is not None:
+        parsers.update(commands.choices)
     return parser
 
 

@@ -42,7 +42,8 @@ def nearest(typed: str, choices: Iterable[str]) -> str:
     """
     known = sorted(choices)
     close = difflib.get_close_matches(typed, known, n=1, cutoff=0.5)
-    hint = f"did you mean '{close[0]}'? " if close else ""
     if len(known) > 24:
-        return f"{hint}There are {len(known)} to choose from, such as: {', '.join(known[:8])}, ..."
-    return f"{hint}Choose from: {', '.join(known) or '(nothing: there are none)'}"
+        rest = f"there are {len(known)} to choose from, such as: {', '.join(known[:8])}, ..."
+    else:
+        rest = f"choose from: {', '.join(known) or '(nothing: there are none)'}"
+    return f"did you mean '{close[0]}'? {rest[0].upper()}{rest[1:]}" if close else rest

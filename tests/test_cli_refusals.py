@@ -41,7 +41,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         ((*OUT, "--units", "ffn=x"), "argument --units: 'ffn=x' is not of the form kind=number,kind=number"),
         ((*OUT, "--units", "fnn=0.3"), "unknown kind 'fnn'; did you mean 'ffn'? Choose from: "),
         ((*RATIO, "--kinds", "head,ffn"), "unknown kind 'head'; did you mean 'kv_heads'? Choose from: channels, experts, ffn, "),
-        ((*RATIO, "--kinds", "0.5"), "unknown kind '0.5'; Choose from: "),
+        ((*RATIO, "--kinds", "0.5"), "unknown kind '0.5'; choose from: "),
         ((*RATIO, "--kinds", ""), "no kind may be pruned: name at least one"),
         (
             (*RATIO, "--ranking", "globl"),
@@ -72,7 +72,8 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
             (*RATIO, "--device", "meta"),
             "cannot use device 'meta': it holds no numbers; to see groups without weights, say groups --meta",
         ),
-        ((*RATIO, "--colour"), "unrecognized arguments: --colour"),
+        ((*RATIO, "--colour"), "fxprune prune: error: unrecognized arguments: --colour"),
+        ((*RATIO, "--critreion", "l1"), "unrecognized arguments: --critreion l1; did you mean '--criterion'?"),
         (("-o", "text.txt", "--ratio", "0.2"), "the output 'text.txt' is a file; name a directory"),
         (("-o", "text.txt/out", "--ratio", "0.2"), "cannot write 'text.txt/out': '{place}/text.txt' is a file"),
         (
@@ -111,7 +112,7 @@ def test_prune_refuses_before_a_model_is_loaded(arguments: tuple[str, ...], said
         (
             ("prune", "dense", *RATIO, "--dtype", "int8"),
             2,
-            "unknown dtype 'int8'; Choose from: auto, bfloat16, float16, float32, float64",
+            "unknown dtype 'int8'; choose from: auto, bfloat16, float16, float32, float64",
         ),
         (("prune", "dense", *RATIO, "--protect", "layer.0"), 2, "protect='layer.0' matches no group and no block; "),
         (("prune", "dense", *RATIO, "--kinds", "experts"), 2, "this model has no prunable group of kind experts; it has ffn, "),

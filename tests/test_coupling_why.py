@@ -191,7 +191,7 @@ def test_groups_that_do_not_fit(mlp: Groups) -> None:
         why(mlp, "0.weight", "3.weight", group="hiden")
     with pytest.raises(UsageError) as error:
         why(mlp, "0.weight", "3.weight", group="1.body.ffn")
-    assert str(error.value) == "group '1.body.ffn' does not run through both '0.weight' and '3.weight'; Choose from: hidden"
+    assert str(error.value) == "group '1.body.ffn' does not run through both '0.weight' and '3.weight'; choose from: hidden"
     with pytest.raises(UsageError, match=r"there is no prune group 'body.ffn'; did you mean '1.body.ffn'\?"):
         triggers(mlp, "body.ffn")
     with pytest.raises(UsageError, match=r"group '1.body.ffn' does not run through '3.weight'; did you mean "):

@@ -242,7 +242,7 @@ def test_usage_errors(traced: Traced) -> None:
     )
     assert error(*model, criterion=3) == "a criterion is a name or a callable (name, weight, gradient) -> scores, not 3"
     assert error(*model, criterion="l1", aggregation="avg") == (
-        "unknown aggregation 'avg'; Choose from: first, last, max, mean, product, sum"
+        "unknown aggregation 'avg'; choose from: first, last, max, mean, product, sum"
     )
     assert error(*model) == "criterion 'taylor1' needs calibration batches, and there are none"
     assert error(*model, criterion=doubled) == "criterion 'doubled' needs calibration batches, and there are none"

@@ -231,7 +231,7 @@ def test_prune_gives_an_eager_model(name: str) -> None:
     result = fxprune.prune(model, units={"kv_heads": 0.4, "ffn": 0.25}, inputs=one_image(0), recipe={"criterion": "l1"})
     assert result.report.verify is not None
     assert result.report.verify.ok
-    assert type(result.model) is type(model)
+    assert isinstance(result.model, type(model))
     with torch.no_grad():
         expected, actual = (m(**one_image(4))["logits"] for m in (result.graph_module, result.model))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

@@ -188,7 +188,7 @@ def test_the_command_refuses_before_it_loads(run: Run) -> None:
         "Choose from: .dot, .pdf, .png, .svg"
     )
     assert run("groups", "nowhere", "--export", "g.gif").said == (
-        "fxprune: cannot write a graph as 'g.gif': the suffix must be one of these; Choose from: .dot, .graphml, .json"
+        "fxprune: cannot write a graph as 'g.gif': the suffix must be one of these; choose from: .dot, .graphml, .json"
     )
     assert run("groups", "nowhere", "--block", "model.layers.1") == Ran(
         2, "", "fxprune: --block says what --picture draws: give --picture FILE with it\n"

@@ -72,7 +72,7 @@ def test_data_that_cannot_be_used(text: Path, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"data": str(tmp_path / "empty.jsonl")}, "'empty.jsonl' is empty: it has no rows"),
         ({"data": str(tmp_path / "numbers.jsonl")}, "'numbers.jsonl' has no column of text; it has number, wanted one of text, "),
-        ({"data": f"{text}[words]"}, "'text.jsonl' has no column 'words'; Choose from: text"),
+        ({"data": f"{text}[words]"}, "'text.jsonl' has no column 'words'; choose from: text"),
         ({"data": "nowhere.jsonl"}, "there is no file 'nowhere.jsonl'"),
         (
             {"data": str(tmp_path / "same.jsonl"), "validation": str(tmp_path / "held.jsonl")},

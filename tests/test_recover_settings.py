@@ -39,7 +39,7 @@ def test_overrides_may_be_texts() -> None:
         ({"method": "lore"}, "unknown method 'lore'; did you mean 'lora'? Choose from: full, lora"),
         ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'?"),
         ({"precision": "fp16"}, "unknown precision 'fp16'; did you mean 'bf16'? Choose from: auto, bf16, fp32"),
-        ({"packing": "yes"}, "unknown packing 'yes'; Choose from: auto, off, on"),
+        ({"packing": "yes"}, "unknown packing 'yes'; choose from: auto, off, on"),
         ({"compile": "o"}, "unknown compile 'o'; did you mean 'on'?"),
         ({"gradient_checkpointing": "of"}, "unknown gradient_checkpointing 'of'; did you mean 'off'?"),
         ({"rank": 0}, "rank must be at least 1, got 0"),

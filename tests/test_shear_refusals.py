@@ -49,7 +49,7 @@ def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"data": "nowhere.jsonl"}, "stage 1 of the curriculum: there is no file 'nowhere.jsonl'"),
         ({"then": ["nowhere.jsonl"]}, "stage 2 of the curriculum: there is no file 'nowhere.jsonl'"),
-        ({"data": "{0}[words]"}, "'kept.jsonl' has no column 'words'; Choose from: text"),
+        ({"data": "{0}[words]"}, "'kept.jsonl' has no column 'words'; choose from: text"),
         ({"data": "empty.jsonl"}, "'empty.jsonl' is empty: it has no rows"),
         ({"data": "few.jsonl"}, "'few.jsonl' has 3 examples, and a tenth is held out to measure on: give at least 10"),
         ({"kinds": ["fn"]}, "unknown kind 'fn'; did you mean 'ffn'?"),
@@ -92,7 +92,7 @@ def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"epochs": 2}, "epochs is of a recovery by itself: for a shearing set tokens or steps instead"),
         ({"perods": 3}, "there is no shearing setting 'perods'; did you mean 'periods'?"),
         ({"recipe": "lorashea"}, "unknown recipe 'lorashea'; did you mean 'lorashear'?"),
-        ({"recipe": "llm-pruner"}, "unknown recipe 'llm-pruner'; Choose from: lorashear"),
+        ({"recipe": "llm-pruner"}, "unknown recipe 'llm-pruner'; choose from: lorashear"),
         ({"recipe": {"perods": 3}}, "the recipe has an unknown setting 'perods'; did you mean 'periods'?"),
         ({"recipe": {"rounds": 2.5}}, "the recipe: rounds must be a whole number, got 2.5"),
         ({"knowledge": "nowhere.json"}, "cannot read 'nowhere.json'"),
