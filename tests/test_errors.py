@@ -41,7 +41,7 @@ def test_no_error_class_is_missing_here() -> None:
         ("taylor1x", ["l1", "taylor1", "l2"], "did you mean 'taylor1'? Choose from: l1, l2, taylor1"),
         ("zzz", ["b", "a"], "choose from: a, b"),
         ("zzz", [], "choose from: (nothing: there are none)"),
-        ("name7", [f"name{i:02}" for i in range(30)], "there are 30 to choose from, such as: name00, name01, "),
+        ("name7", [f"name{i:02}" for i in range(30)], "There are 30 to choose from, such as: name00, name01, "),
     ],
 )
 def test_the_nearest_choice(typed: str, choices: list[str], tail: str) -> None:
