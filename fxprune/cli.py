@@ -9,6 +9,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ._version import __version__
 from .errors import FxPruneError, UsageError
@@ -18,7 +19,7 @@ MODEL = "a hub id, a local directory, a .gguf file, or a checkpoint that fxprune
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (0 done, 1 failed, 2 used wrongly)."""
-    arguments = _parsed(argv)
+    arguments = _parser().parse_args(argv)
     _logging(arguments.verbose)
     try:
         return int(importlib.import_module(f".commands.{arguments.command}", __package__).run(arguments) or 0)
@@ -86,26 +87,26 @@ def _mapping(text: str) -> dict[str, float]:
         raise argparse.ArgumentTypeError(f"'{text}' is not of the form kind=number,kind=number") from None
 
 
-def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; what a command does not know is refused with that command's usage, and the nearest option that it has."""
-    parsers: dict[str, argparse.ArgumentParser] = {}
-    arguments, unknown = _parser(parsers).parse_known_args(argv)
-    if unknown:
-        parser = parsers[arguments.command]
-        options = re.findall(r"--[a-z][a-z-]*", parser.format_help())
-        close = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean '{close[0]}'?" if close else ""))
-    return arguments
+class _Parser(argparse.ArgumentParser):
+    """Refuses what it does not know where it stands: with the command's own usage, and the nearest option that it has."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and know everything or fail."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = re.findall(r"--[a-z][a-z-]*", self.format_help())
+            close = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean '{close[0]}'?" if close else ""))
+        return found, unknown
 
 
-def _parser(parsers: dict[str, argparse.ArgumentParser] | None = None) -> argparse.ArgumentParser:
-    """All commands; those parsers are put into ``parsers`` by name."""
-    parser = argparse.ArgumentParser(prog="fxprune", description="Make transformers smaller by removing structure, exactly.")
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fxprune", description="Make transformers smaller by removing structure, exactly.")
     parser.add_argument("--version", action="version", version=f"fxprune {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("-v", "--verbose", action="count", default=0, help="say what is done; twice for tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    loading = argparse.ArgumentParser(add_help=False)
+    loading = _Parser(add_help=False)
     loading.add_argument("model", help=MODEL)
     loading.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
     loading.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
@@ -136,8 +137,6 @@ def _parser(parsers: dict[str, argparse.ArgumentParser] | None = None) -> argpar
     demo = commands.add_parser("demo", parents=[common], help="prune SmolLM2-135M by 20 %% and show everything")
     demo.add_argument("-o", "--output", default="demo-output", help="directory to write (replaced if it exists)")
     demo.add_argument("--ratio", type=float, default=0.2, help="share of all parameters to remove (default 0.2)")
-    if parsers is not None:
-        parsers.update(commands.choices)
     return parser
 
 

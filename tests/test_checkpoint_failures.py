@@ -191,13 +191,13 @@ def test_a_failure_leaves_everything_as_it_was(
             rename = Path.rename
             patch.setattr(Path, "rename", lambda self, to: how() if self.name.endswith(".part") else rename(self, to))
         else:
-            write = save._write_pretrained
+            write = save.write_pretrained
 
-            def damaged(result: PruneResult, work: Path, size: str) -> None:
-                write(result, work, size)
+            def damaged(model: Any, tokenizer: Any, work: Path, size: str) -> None:
+                write(model, tokenizer, work, size)
                 how(work / "model.safetensors")
 
-            patch.setattr(save, "_write_pretrained", damaged)
+            patch.setattr(save, "write_pretrained", damaged)
         expected = KeyboardInterrupt if how is interrupted else CheckpointError
         with pytest.raises(expected) as caught:
             result.save_pretrained(out, overwrite=True)

@@ -147,7 +147,7 @@ def save_pruned(
         raise UsageError(f"the output directory '{directory}' holds the dense model: it will not be replaced; choose another")
     with new_directory(directory, overwrite=overwrite) as work:
         if hasattr(result.model, "save_pretrained"):
-            _write_pretrained(result, work, max_shard_size)
+            write_pretrained(result.model, result.tokenizer, work, max_shard_size)
         else:
             _write_module(result, work)
         result.plan.save(work / PLAN_FILE)
@@ -160,18 +160,13 @@ def save_pruned(
             )
 
 
-def _write_pretrained(result: PruneResult, work: Path, max_shard_size: str) -> None:
-    model: Any = result.model
-    write_pretrained(model, result.tokenizer, work, lambda: model.save_pretrained(work, max_shard_size=max_shard_size))
-
-
-def write_pretrained(model: Any, tokenizer: Any, work: Path, write: Callable[[], None]) -> None:
-    """Write a Hugging Face model with ``write``, its generation settings as they are, and its tokenizer."""
+def write_pretrained(model: Any, tokenizer: Any, work: Path, max_shard_size: str) -> None:
+    """Write a Hugging Face model, its generation settings as they are, and its tokenizer."""
     generation = getattr(model, "generation_config", None)
     try:
         if generation is not None:  # written as it is: transformers refuses settings that it accepted when it read them
             model.generation_config = type(generation)()
-        write()
+        model.save_pretrained(work, max_shard_size=max_shard_size)
     finally:
         if generation is not None:
             model.generation_config = generation

@@ -131,7 +131,7 @@ class RecoveryResult:
     def _write(self, work: Path, report: dict[str, Any], max_shard_size: str) -> None:
         model: Any = self.model
         per_layer = hasattr(type(model), "_fxprune_per_layer")
-        write_pretrained(model, self.tokenizer, work, lambda: model.save_pretrained(work, max_shard_size=max_shard_size))
+        write_pretrained(model, self.tokenizer, work, max_shard_size)
         written: dict[str, Any] = {}
         source = self.subject.directory
         if source is not None and (source / REPORT_FILE).is_file():
