@@ -35,6 +35,7 @@ from .plan import PrunePlan
 from .planning import Material, Planner, settle
 from .recipes import RecipeLike
 from .report import account
+from .wording import counted
 
 log = logging.getLogger("fxprune")
 
@@ -164,13 +165,9 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {_counted(os.cpu_count() or 1, 'core')}, {_counted(torch.get_num_threads(), 'thread')}",
+        "machine": f"{platform.machine()}, {counted(os.cpu_count() or 1, 'core')}, {counted(torch.get_num_threads(), 'thread')}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 class _Clock:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .data.sources import parse_sources, reason, texts
 from .errors import FxPruneError, UsageError
 from .mode import evaluating
+from .wording import counted
 
 Calibration: TypeAlias = "str | os.PathLike[str] | Sequence[str] | Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None"
 
@@ -66,10 +67,10 @@ def load_calibration(
     else:
         items: list[Any] = [source] if isinstance(source, Mapping) else list(source)
         if items and all(isinstance(i, Mapping) and i and all(isinstance(v, Tensor) for v in i.values()) for i in items):
-            return items, f"{len(items)} batch{'es' if len(items) > 1 else ''} given"
+            return items, f"{counted(len(items), 'batch', 'batches')} given"
         if not items or not all(isinstance(i, str) for i in items):
             raise UsageError("calibration is a list of strings or of batches (mappings of tensors), and must not be empty")
-        given, label = items, f"{len(items)} given text{'s' * (len(items) != 1)}"
+        given, label = items, counted(len(items), "given text")
     if tokenizer is None:
         raise UsageError("calibration text needs a tokenizer: pass tokenizer=, or leave calibration out")
     ids = encode(tokenizer, given, wanted=samples * length * 8)

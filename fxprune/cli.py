@@ -122,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify = commands.add_parser("verify", parents=[common, loading], help="check a written checkpoint against its dense model")
     verify.add_argument("--dense", required=True, metavar="MODEL", help="the dense model it was pruned from")
+    verify.add_argument("--json", action="store_true", help="print JSON")
     _eval(commands.add_parser("eval", parents=[common, loading], help="perplexity of a model on a text"))
     _recover(commands.add_parser("recover", parents=[common], help="train a pruned model until it knows again what it knew"))
     report = commands.add_parser("report", parents=[common], help="render a checkpoint's report and model card again from its JSON")
@@ -179,6 +180,7 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--rounds", type=int, help="for measured ranking: parts the budget is cut into")
     how.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry-run", action="store_true", help="show the plan's effect and stop; nothing is scored or written")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison with the masked dense model")
 
 

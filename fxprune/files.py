@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from .errors import FxPruneError, UsageError, nearest
+from .errors import FxPruneError, UsageError
 
 
 def write_whole(
@@ -43,7 +43,8 @@ def write_whole(
 def check_file(path: Path, what: str, suffixes: Collection[str]) -> None:
     """Raise `UsageError` unless a file of one of these suffixes, in small or capital letters, can be written there."""
     if path.suffix.lower() not in suffixes:
-        raise UsageError(f"cannot write {what} as '{path}': the suffix must be one of these; {nearest(path.suffix, suffixes)}")
+        ending = f"{'one of ' * (len(suffixes) > 1)}{', '.join(sorted(suffixes))}"
+        raise UsageError(f"cannot write {what} as '{path}': its name must end in {ending}")
     if not path.parent.is_dir():
         raise UsageError(f"there is no directory '{path.parent}' to write '{path.name}' to")
     if path.is_dir():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
+from .files import check_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,17 +20,13 @@ def check_plot(path: str | os.PathLike[str]) -> None:
     """See that a plot can be written, before there is anything to draw.
 
     Raises:
-        UsageError: matplotlib is not there (extra ``plot``), the name ends in none of `KINDS`, or there is no such directory.
+        UsageError: matplotlib is not there (extra ``plot``), or no file of one of `KINDS` can be written there.
     """
-    target = Path(path)
+    check_file(Path(path), "a plot", KINDS)
     try:
         importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise UsageError(f"a plot needs matplotlib ({error}): pip install 'fxprune[plot]'") from error
-    if target.suffix.lower() not in KINDS:
-        raise UsageError(f"cannot draw '{os.fspath(path)}': its name must end in one of {', '.join(KINDS)}")
-    if not target.parent.is_dir():
-        raise UsageError(f"cannot write '{os.fspath(path)}': there is no directory '{target.parent}'")
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -15,6 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 from .groups import Groups, PruneGroup, layer_of
+from .wording import counted
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class GroupSummary:
     def __str__(self) -> str:
         return (
             f"{self.parameters:,} parameters, {100 * self.share:.1f} % of them in prunable groups; "
-            f"{self.prunable_groups} of {self.groups} groups prunable, {self.blocks} residual block{'s' * (self.blocks != 1)}"
+            f"{self.prunable_groups} of {self.groups} groups prunable, {counted(self.blocks, 'residual block')}"
         )
 
 

@@ -90,8 +90,21 @@ def _layout(space: Space, seen: dict[Axis, int]) -> Any:
             return "?"
 
 
-def fill(meter: Meter, steps: Whole, ratio: float) -> list[int | None]:
-    """Take steps in order while the target is not exceeded; a lane that would overshoot stops. Returns each lane's stop."""
+def fill(meter: Meter, steps: Whole, ratio: float, limits: str) -> list[int | None]:
+    """Take steps in order while the target is not exceeded; a lane that would overshoot stops.
+
+    Args:
+        meter: Counts what is left.
+        steps: Each step's lane, in order of priority.
+        ratio: Share of all parameters to remove.
+        limits: What bounds the steps, for the message.
+
+    Returns:
+        Each lane's stop, None for one that lost nothing.
+
+    Raises:
+        PlanError: All steps together do not come near the target.
+    """
     lanes, target = len(meter.lanes), (1 - ratio) * meter.total
 
     def after(base: Whole, prefix: Whole) -> Whole:
@@ -121,8 +134,8 @@ def fill(meter: Meter, steps: Whole, ratio: float) -> list[int | None]:
     best = min(candidates, key=lambda c: c[0])[1]  # the first of equals
     if meter.left(everything) - target > 1e-3 * meter.total:  # not even with every step
         raise PlanError(
-            f"a ratio of {ratio:.1%} cannot be reached: with these kinds, protections, floor and multiple at most "
-            f"{1 - meter.left(best) / meter.total:.1%} of the parameters can go"
+            f"a ratio of {ratio:.1%} cannot be reached: with {limits} at most {1 - meter.left(best) / meter.total:.1%} "
+            "of the parameters can go"
         )
     return meter.stops(best)
 

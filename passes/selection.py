@@ -41,6 +41,9 @@ from .sensitivity import CURVES, Curve, Curves
 DEFAULT_KINDS = ("kv_heads", "query_groups", "ffn")
 RANKINGS = ("local", "global", "standardised", "measured")
 WIDTHS = ("uniform", "per-layer")
+NAMED = 2
+"""Patterns that a message names."""
+
 NO_LAYERS = "{} ranking compares units by what goes with them; whole layers have no such score: use ranking='local'"
 
 
@@ -125,6 +128,17 @@ class Selection:
         if isinstance(self.units, Mapping):
             return self.units.get(kind, 0.0)
         return (self.units or 0.0) * self.pace[kind] / max(self.pace.values())
+
+    def limits(self) -> str:
+        """What bounds the units that may go, as it would be typed: ``kinds=ffn, protect_first=4``."""
+        said = [f"kinds={','.join(kind for kind, pace in self.pace.items() if pace > 0)}"]
+        said += [f"{name}={value}" for name in ("protect_first", "protect_last", "floor") if (value := getattr(self, name))]
+        if self.protect:
+            rest = len(self.protect) - NAMED
+            said.append(f"protect={','.join(self.protect[:NAMED])}" + (f" and {rest} more" if rest > 0 else ""))
+        if self.multiple != 1:
+            said.append(f"multiple={self.multiple}")
+        return ", ".join(said)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the plan's recipe."""
@@ -233,7 +247,8 @@ def select(
     if chosen.units is not None:
         stops = [stop_at(lane, chosen.share_of(lane.kind)) for lane in lanes]
     else:
-        stops = fill(Meter(groups, lanes, blocks), _steps(groups, lanes, chosen, scores, curves), float(chosen.ratio or 0))
+        steps = _steps(groups, lanes, chosen, scores, curves)
+        stops = fill(Meter(groups, lanes, blocks), steps, float(chosen.ratio or 0), chosen.limits())
     keep, drop = _materialise(groups, lanes, stops, ranked, blocks)
     removed = 1 - groups.remaining({n: len(u) for n, u in keep.items()}, drop) / groups.total
     facts: dict[str, Any] = {**chosen.to_json(), **(recipe or {}), "removed": round(removed, 6)}

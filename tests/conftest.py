@@ -24,7 +24,20 @@ if TYPE_CHECKING:
 
 # What fails in these modules is explained as it is in a test.
 pytest.register_assert_rewrite(
-    *(f"tests.{name}" for name in ("checkpoints", "closeness", "compensating", "masking", "rule_operator", "scoring", "sensing"))
+    *(
+        f"tests.{name}"
+        for name in (
+            "checkpoints",
+            "closeness",
+            "compensating",
+            "masking",
+            "rule_operator",
+            "processes",
+            "scoring",
+            "selecting",
+            "sensing",
+        )
+    )
 )
 
 # Deterministic, so that a failure on one machine is a failure on all; no deadline, since the machine is shared.

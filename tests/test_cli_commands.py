@@ -91,8 +91,8 @@ def test_a_dry_run_tells_the_effect_and_writes_nothing(
 ) -> None:
     """That nothing is written, the fixture checks."""
     given = [str(checkpoint / "fxprune_plan.json") if o == "PLAN" else o for o in options]
-    ran = run("prune", "dense", "--dry-run", *given)
-    assert ran.status == 0
+    ran = run("prune", "dense", "--dry-run", "--json", *given)
+    assert (ran.status, ran.err) == (0, "")
     told = json.loads(ran.out)
     before, after = told["before"], told["after"]
     assert told["drop"] == drop
@@ -104,24 +104,30 @@ def test_a_dry_run_tells_the_effect_and_writes_nothing(
         assert after["parameters"] == report["parameters_after"]
         assert after["macs"] == after["parameters"] - VOCABULARY * 48 - 5 * 48
         assert told["keep"] == {n: width for n, (_, width) in report["widths"].items()}
+    shown = run("prune", "dense", "--dry-run", *given).out
     for key in ("parameters", "bytes", "macs"):
-        assert f"{before[key]:,}" in ran.said
-        assert f"{after[key]:,}" in ran.said
-    assert f"{after['parameters'] / before['parameters'] - 1:+.1%}" in ran.said
+        assert f"{before[key]:,}" in shown
+        assert f"{after[key]:,}" in shown
+    assert f"{after['parameters'] / before['parameters'] - 1:+.1%}" in shown
+    assert ("note: scored by magnitude, without calibration; the widths of a real run may differ" in shown) == (
+        "PLAN" not in options
+    )
 
 
 def test_a_dry_run_needs_no_tokenizer_and_no_gradient(run: Run) -> None:
-    ran = run("prune", "other", "--dry-run", "--ratio", "0.2", "--criterion", "taylor_mixed")
+    ran = run("prune", "other", "--dry-run", "--json", "--ratio", "0.2", "--criterion", "taylor_mixed")
     assert ran.status == 0
     assert json.loads(ran.out)["after"]["parameters"] < json.loads(ran.out)["before"]["parameters"]
 
 
 def test_verify_accepts_a_checkpoint(run: Run, checkpoint: Path) -> None:
-    ran = run("verify", "checkpoint", "--dense", "dense")
-    assert ran.status == 0
+    ran = run("verify", "checkpoint", "--dense", "dense", "--json")
+    assert (ran.status, ran.err) == (0, "")
     told = json.loads(ran.out)
     assert told["ok"]
     assert told["max_rel_error"] <= told["tolerance"] == 1e-4
+    ran = run("verify", "checkpoint", "--dense", "dense")
+    assert ran.out == f"'checkpoint' equals its reference ({told['reference']}): relative error {told['max_rel_error']:.1e}, allowed 1e-04\n"
     ran = run("verify", "checkpoint", "--dense", "other")
     assert ran.status == 1
     assert "the plan was made for another model (fingerprint " in ran.said
@@ -166,6 +172,21 @@ def test_verify_finds_tampering(how: str, said: str, run: Run, checkpoint: Path,
     ran = run("verify", str(tampered(checkpoint, tmp_path / "bad", how)), "--dense", "dense")
     assert ran.status == 1
     assert said in ran.said
+
+
+def test_verify_tells_what_changed_the_weights_since(run: Run, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    assert run("prune", "dense", "-o", out, *PLAIN, "--units", "ffn=0.5", "--compensation", "least-squares").status == 0
+    ran = run("verify", out, "--dense", "dense")
+    assert ran.status == 0
+    assert ran.out.startswith(f"the plan of '{out}', applied to the dense model, equals its reference (masked dense")
+    told = json.loads(run("verify", out, "--dense", "dense", "--json").out)
+    assert told["changed_by"] == ["compensation (least-squares)"]
+    assert told["parameters"] - told["slices_of_the_dense_model"] == 2  # down_proj of two layers
+    assert (
+        f"the weights were changed after pruning by compensation (least-squares): {told['slices_of_the_dense_model']} of "
+        f"{told['parameters']} are the dense model's slices"
+    ) in ran.out
 
 
 def test_verify_reads_the_per_layer_form(run: Run, tmp_path: Path) -> None:

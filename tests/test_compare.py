@@ -237,7 +237,7 @@ def test_the_command(run: Run, checkpoint: Path, tmp_path: Path) -> None:
         assert file.read_text().startswith(begins)
     ran = run("compare", "checkpoint", str(other), "-o", str(tmp_path / "out.pdf"))
     assert (ran.status, ran.out) == (2, "")
-    assert f"cannot write a comparison as '{tmp_path}/out.pdf': the suffix must be one of these;" in ran.said
+    assert f"cannot write a comparison as '{tmp_path}/out.pdf': its name must end in one of" in ran.said
     ran = run("compare", "checkpoint", str(other), "-o", "no/such/out.md")
     assert ran.said == "fxprune: there is no directory 'no/such' to write 'out.md' to"
     assert run("compare", "checkpoint").said == "fxprune: a comparison needs two checkpoints or more, got 'checkpoint' alone"

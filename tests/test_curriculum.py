@@ -232,7 +232,11 @@ def test_what_does_not_go_together(files: tuple[str, str], tmp_path: Path) -> No
             "validation_every is of a recovery without a curriculum: set rounds of the curriculum instead",
         ),
         (plain, {"validation_samples": 0}, "a curriculum measures on examples held out of each source: validation_samples must be"),
-        (curriculum(files, str(few)), {}, "'few.jsonl' has 7 examples, and a tenth is held out to measure on: give at least 10"),
+        (
+            curriculum(files, str(few)),
+            {"cutoff": 32},
+            "'few.jsonl' comes to 7 examples of at most 32 tokens, and a tenth is held out to measure on: give text for at",
+        ),
         (curriculum(files, str(empty)), {}, "'empty.jsonl' is empty: it has no rows"),
         (curriculum(files, files[0]), {"max_steps": 1}, "max_steps is 1 and the curriculum has 2 stages: each needs a step"),
         (

@@ -264,11 +264,15 @@ def test_the_command_reads_a_plan_and_needs_no_weights(run: Run, place: Path, ch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("-o", "e.htm"), "cannot write an explorer as 'e.htm': the suffix must be one of these"),
+        (("-o", "e.htm"), "cannot write an explorer as 'e.htm': its name must end in .html"),
         (("-o", "e.html", "--criterion", "l3"), "unknown criterion 'l3'; did you mean 'l2'?"),
         (
             ("-o", "e.html", "--criterion", "l1", "--meta"),
             "--criterion needs weights, and --meta reads none: leave one of them out",
+        ),
+        (
+            ("-o", "e.html", "--calibration", "text.txt"),
+            "criterion 'l2' reads no text: leave out calibration, or name one that does",
         ),
         (("-o", "e.html", "--plan", "missing.json"), "cannot read the plan 'missing.json': No such file or directory"),
     ],

@@ -133,7 +133,7 @@ def test_an_unknown_suffix(mlp: Groups, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as error:
         write_graph(coupling_graph(mlp), tmp_path / "graph.png")
     assert str(error.value) == (
-        f"cannot write a graph as '{tmp_path}/graph.png': the suffix must be one of these; choose from: .dot, .graphml, .json"
+        f"cannot write a graph as '{tmp_path}/graph.png': its name must end in one of .dot, .graphml, .json"
     )
     assert list(tmp_path.iterdir()) == []
 

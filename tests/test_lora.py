@@ -31,6 +31,7 @@ from .zoo import build, tokens
 
 RANK = 5
 BASE = "base_model.model."
+FUSED = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -68,6 +69,17 @@ CASES = {
     "llama-biased": Case("llama", PROJECTIONS, {"lora_bias": True, "use_rslora": True}, {"attention_bias": True, "mlp_bias": True}),
     "gpt2": Case("gpt2", ("c_attn", "c_proj", "c_fc"), transposed=True),
     "bert": Case("bert", ("query", "key", "value", "dense"), {"task_type": "FEATURE_EXTRACTION"}),
+    "qwen2": Case("qwen2", PROJECTIONS),
+    "qwen3": Case("qwen3", PROJECTIONS),
+    "gemma2": Case("gemma2", PROJECTIONS),
+    "mistral": Case("mistral", PROJECTIONS),
+    "phi3": Case("phi3", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    "opt": Case("opt", ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")),
+    "gpt_neox": Case("gpt_neox", FUSED),
+    "falcon_new": Case("falcon_new", FUSED),
+    "bloom": Case("bloom", FUSED),
+    "gptj": Case("gptj", ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")),
+    "stablelm": Case("stablelm", PROJECTIONS),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -60,10 +61,18 @@ def test_a_recovery_from_end_to_end(run: Run) -> None:
     again = run("pruned", "-o", "out", "--data", "text.jsonl", *SHORT)
     assert (again.status, again.said) == (
         2,
-        "fxprune: the output directory 'out' exists and is not empty; choose another, or say overwrite",
+        "fxprune: the output directory 'out' exists and is not empty; choose another, or say overwrite=True (--overwrite)",
     )
     assert run("pruned", "-o", "out", "--overwrite", "--data", "text.jsonl", *SHORT, "--seed", "1").status == 0
     assert json.loads(Path("out/fxprune_report.json").read_text())["recovery"]["settings"]["seed"] == 1
+
+
+def test_a_model_that_was_not_pruned(run: Run) -> None:
+    shutil.copytree("pruned", "plain", ignore=shutil.ignore_patterns("fxprune_*"))
+    ran = run("plain", "-o", "out", "--data", "text.jsonl", *SHORT)
+    assert ran.status == 0
+    assert "note 'plain' holds no plan of fxprune: it was trained as it is" in ran.said
+    assert "holds no plan" not in run("pruned", "-o", "other", "--data", "text.jsonl", *SHORT).said
 
 
 def test_the_papers_recipe_with_a_teacher(run: Run) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ import torch
 
 from fxprune.recovery.world import World
 
-from .command import ROOT
+from .processes import LAUNCH, begun, finished
 from .recovering import SLOWLY, SMALL, losses, pruned, trained, write_text
 
 SETTINGS = {**SMALL, "batch_size": 5, "micro_batch_size": 2}
@@ -36,30 +33,13 @@ def command(place: Path, out: Path, **changes: Any) -> list[str]:
     return ["-m", "fxprune.cli", "recover", str(place / "pruned"), "-o", str(out), "--data", str(place / "text.jsonl"), *options]
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
-
-
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_two_processes_learn_what_one_does(parallel: str, method: str, place: Path, tmp_path: Path) -> None:
     expected = trained(pruned(), str(place / "text.jsonl"), **{**SETTINGS, "method": method})
     more = {"ACCELERATE_USE_FSDP": "true"} if parallel == "fsdp" else {}
-    ran = subprocess.run(
-        [*LAUNCH, *command(place, tmp_path / "out", method=method)],
-        cwd=ROOT,
-        env=environment(**more),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout == f"{tmp_path / 'out'}\n", "more than one process printed"
-    report = json.loads((tmp_path / "out" / "fxprune_report.json").read_text())["recovery"]
+    report = finished([*LAUNCH, *command(place, tmp_path / "out", method=method)], tmp_path / "out", **more)["recovery"]
     assert (report["choices"]["parallel"], report["choices"]["processes"]) == (parallel, 2)
     assert report["history"]["loss"] == pytest.approx(losses(expected), abs=1e-4)
     measured = [v["perplexity"] for v in report["validation"]]
@@ -76,10 +56,10 @@ def test_a_killed_run_of_two_goes_on(first: str, place: Path, tmp_path: Path) ->
     script = tmp_path / "slowly.py"
     script.write_text(SLOWLY)
     arguments = [str(script), *command(place, tmp_path / "out", max_steps=12, checkpoint_every=1)[2:]]
-    slow = environment(**({"ACCELERATE_USE_FSDP": "true"} if first == "fsdp" else {}))
+    more = {"ACCELERATE_USE_FSDP": "true"} if first == "fsdp" else {}
     state = tmp_path / "out.recovering"
     for least in (2, 5):
-        process = subprocess.Popen([*LAUNCH, *arguments], cwd=ROOT, env=slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = begun([*LAUNCH, *arguments], **more)
         while process.poll() is None and not any(int(p.name[5:]) >= least for p in state.glob("step-*")):
             time.sleep(0.002)
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -87,9 +67,7 @@ def test_a_killed_run_of_two_goes_on(first: str, place: Path, tmp_path: Path) ->
             os.kill(pid, signal.SIGKILL)
         process.wait()
         assert not (tmp_path / "out").exists(), "it was over before it was killed: no test"
-    ran = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    report = json.loads((tmp_path / "out" / "fxprune_report.json").read_text())["recovery"]
+    report = finished(arguments, tmp_path / "out")["recovery"]
     assert report["history"]["loss"] == pytest.approx(losses(expected), abs=1e-4)
 
 

@@ -5,11 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +19,7 @@ from fxprune.errors import CheckpointError, UsageError
 from fxprune.recovery import loop
 from fxprune.recovery.state import Position, StateDirectory
 
-from .command import ROOT
+from .processes import finished, kill_again_and_again
 from .recovering import SLOWLY, SMALL, losses, pruned, trained, uneven, weights, write_text
 
 WRITER = "fxprune.recovery.state.save_file"
@@ -289,24 +284,10 @@ def test_kill_nine_at_any_moment(text: Path, tmp_path: Path) -> None:
     expected = trained(
         str(tmp_path / "pruned"), str(text), max_steps=24, dropout=0.2, validation_every=7, output=tmp_path / "expected"
     )
-    arguments = [sys.executable, "-c", SLOWLY, *command(tmp_path, text, "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    chosen, kills, state = random.Random(0), 0, tmp_path / "out.recovering"
-    while kills < 5:
-        process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        begun = set(state.glob("step-*"))
-        while process.poll() is None and set(state.glob("step-*")) == begun:
-            time.sleep(0.005)
-        time.sleep(chosen.uniform(0, 0.6))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if (tmp_path / "out").exists():
-            break
-        kills += 1
-    assert kills >= 3, "it was over before it was killed: no test"
-    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out" / "fxprune_report.json").read_text())["recovery"]
+    arguments = ["-c", SLOWLY, *command(tmp_path, text, "out")]
+    out, state = tmp_path / "out", tmp_path / "out.recovering"
+    kill_again_and_again(arguments, out, lambda: {*state.glob("step-*")}, times=5, longest=0.6)
+    found = finished(arguments, out)["recovery"]
     assert found["history"]["loss"] == losses(expected)
     assert found["validation"] == expected.report.validation
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("expected", "out"))

@@ -1,8 +1,7 @@
-"""Selection: targets, constraints and rankings, against hand-written counts and a hand-written greedy."""
+"""Selection: targets, widths and rankings, against hand-written counts and a hand-written greedy."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from fxprune import find_groups, rewrite, select, trace
 from fxprune.errors import PlanError, UsageError
@@ -25,35 +23,8 @@ from fxprune.passes.importance import SCORES
 from fxprune.passes.selection import Selection, SelectionPass, _lanes
 from fxprune.plan import PrunePlan
 
+from .selecting import COARSE, RANKINGS, WIDE, WIDTHS, check_removed, few_units, groups_of, left_by_hand, llama, random_scores
 from .zoo import build, tokens
-
-RANKINGS, WIDTHS = ("local", "global"), ("uniform", "per-layer")
-
-
-def llama(
-    layers: int, hidden: int, ffn: int, kv: int, ratio: int, dim: int, device: str = "meta", **options: Any
-) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=kv * ratio,
-        num_key_value_heads=kv,
-        head_dim=dim,
-        **{"vocab_size": 200, "tie_word_embeddings": True, **options},
-    )
-    with torch.device(device):
-        return LlamaForCausalLM(config)
-
-
-def groups_of(model: nn.Module) -> Groups:
-    device = next(model.parameters()).device
-    return find_groups(trace(model, {"input_ids": torch.zeros(2, 5, dtype=torch.long, device=device)}, dynamic_shapes={}))
-
-
-def random_scores(groups: Groups, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {n: torch.rand(g.size, generator=generator) for n, g in groups.items() if g.prunable}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +36,7 @@ def wide() -> Groups:
 @pytest.fixture(scope="module")
 def coarse() -> Groups:
     """Four layers of few units."""
-    return groups_of(llama(layers=4, hidden=18, ffn=12, kv=3, ratio=2, dim=4, vocab_size=31))
+    return few_units()
 
 
 @pytest.fixture(scope="module")
@@ -73,36 +44,6 @@ def four_by_four() -> GraphModule:
     """Two layers with real weights, four KV heads of four query heads each."""
     model = llama(layers=2, hidden=32, ffn=16, kv=4, ratio=4, dim=4, device="cpu")
     return trace(model, {"input_ids": torch.zeros(2, 5, dtype=torch.long)}, dynamic_shapes={})
-
-
-def left_by_hand(plan: PrunePlan, layers: int, hidden: int, ffn: int, kv: int, ratio: int, dim: int, vocabulary: int) -> int:
-    """Parameters of the pruned Llama, from the plan's counts alone."""
-
-    def kept(name: str, size: int) -> int:
-        return len(plan.keep[name]) if name in plan.keep else size
-
-    hidden = kept("model.hidden", hidden)
-    total = vocabulary * hidden + hidden
-    for layer in range(layers):
-        at = f"model.layers.{layer}"
-        if at in plan.drop:
-            continue
-        n, m, d = (kept(f"{at}.self_attn.{k}", s) for k, s in (("kv_heads", kv), ("query_groups", ratio), ("head_dim", dim)))
-        pairs = kept("model.layers.head_dim", dim // 2)
-        total += 2 * hidden  # norms
-        total += hidden * (n * m * 2 * pairs + n * 2 * pairs + n * d + n * m * d)  # q, k, v, o
-        total += 3 * hidden * kept(f"{at}.mlp.ffn", ffn)
-    return total
-
-
-def check_removed(groups: Groups, plan: PrunePlan, *shape: int) -> float:
-    removed = 1 - left_by_hand(plan, *shape) / groups.total
-    assert plan.recipe["removed"] == round(removed, 6)
-    return removed
-
-
-WIDE = (3, 36, 1200, 4, 3, 8, 200)
-COARSE = (4, 18, 12, 3, 2, 4, 31)
 
 
 @pytest.mark.parametrize("widths", WIDTHS)
@@ -262,79 +203,6 @@ def test_share_of_units(wide: Groups) -> None:
     assert set(rounded.counts().values()) == {768}
 
 
-def test_protected_layers_stay_whole(coarse: Groups) -> None:
-    scores = random_scores(coarse)
-
-    def touched(**options: Any) -> set[int | None]:
-        plan = select(coarse, scores, **{"ratio": 0.15, "widths": "per-layer", **options})
-        return {coarse[n].layer for n in plan.keep}
-
-    assert touched() == {0, 1, 2, 3}
-    assert touched(protect_first=1) == {1, 2, 3}
-    assert touched(protect_last=2) == {0, 1}
-    assert touched(protect_first=1, protect_last=1) == {1, 2}
-    assert touched(protect=["model.layers.[12].*"]) == {0, 3}
-    assert touched(protect="model.layers.0") == {1, 2, 3}  # a block with all its groups
-    assert touched(protect=["*.ffn", "*kv_heads", "model.layers.3.*"]) == {0, 1, 2}
-    with pytest.raises(
-        PlanError, match=r"^a ratio of 15.0% cannot be reached: with these kinds, .* at most 0.0% of the parameters can go$"
-    ):
-        touched(protect_last=7)
-
-
-def test_protection_errors(coarse: Groups) -> None:
-    scores = random_scores(coarse)
-
-    def error(**options: Any) -> str:
-        with pytest.raises(UsageError) as raised:
-            select(coarse, scores, **{"ratio": 0.2, **options})
-        return str(raised.value)
-
-    assert error(protect_first=1) == (
-        "widths='uniform' needs the same width in every layer, but some layers of model.layers.*.self_attn.kv_heads are protected: "
-        "use widths='per-layer', or protect nothing"
-    )
-    assert error(protect="model.layers.2.mlp.ffn", kinds="ffn").startswith(
-        "widths='uniform' needs the same width in every layer, but some"
-    )
-    assert error(protect_last=1, kinds="hidden", widths="per-layer") == (
-        "'model.hidden' reaches through all layers, so protect_first and protect_last cannot keep some of them whole: "
-        "leave kind 'hidden' out, or protect nothing"
-    )
-    assert error(protect="model.layers.9.mlp.ffn").startswith(
-        "protect='model.layers.9.mlp.ffn' matches no group and no block; did you mean 'model.layers."
-    )
-    assert error(protect_first=-1) == "protect_first and protect_last are numbers of layers, got -1 and 0"
-    select(coarse, scores, ratio=0.2, protect=["model.layers.*.self_attn.*"])  # a whole family: widths stay equal
-
-
-class Uneven(nn.Module):
-    """Two layers of one family, of which the last one's width is part of the model's interface."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 6), "down": nn.Linear(6, 4)}) for _ in range(2))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        for layer in self.layers:
-            assert isinstance(layer, nn.ModuleDict)
-            inner = layer["up"](x).relu()
-            x = x + layer["down"](inner)
-        return x, inner
-
-
-def test_a_family_with_an_unprunable_member() -> None:
-    groups = find_groups(trace(Uneven(), (torch.randn(2, 4),)))
-    assert [(g.name, g.prunable) for g in groups.values() if g.size == 6] == [("layers.0.ffn", True), ("layers.1.ffn", False)]
-    with pytest.raises(UsageError) as raised:
-        select(groups, random_scores(groups), ratio=0.2)
-    assert str(raised.value) == (
-        "widths='uniform' needs the same width in every layer, but 'layers.1.ffn' cannot be pruned (a model output): "
-        "use widths='per-layer', or leave the kind out"
-    )
-    assert list(select(groups, random_scores(groups), ratio=0.2, widths="per-layer").keep) == ["layers.0.ffn"]
-
-
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("ranking", RANKINGS)
 def test_multiples(wide: Groups, widths: str, ranking: str) -> None:
@@ -347,15 +215,6 @@ def test_multiples(wide: Groups, widths: str, ranking: str) -> None:
         assert len(units) % {"ffn": 100, "kv_heads": 2, "query_groups": 1}[wide[name].kind] == 0
 
 
-def test_multiple_wider_than_the_group(coarse: Groups) -> None:
-    with pytest.raises(PlanError) as raised:
-        select(coarse, random_scores(coarse), ratio=0.2, kinds="ffn", multiple=16)
-    assert str(raised.value) == (
-        "a ratio of 20.0% cannot be reached: with these kinds, protections, floor and multiple at most 0.0% "
-        "of the parameters can go"
-    )
-
-
 def test_floor(wide: Groups, coarse: Groups) -> None:
     plan = select(wide, random_scores(wide), ratio=0.27, floor=0.7, kinds="ffn")
     assert all(len(u) >= 840 for u in plan.keep.values())
@@ -365,142 +224,6 @@ def test_floor(wide: Groups, coarse: Groups) -> None:
     assert str(raised.value).endswith(f"at most {most:.1%} of the parameters can go")
     kept = select(coarse, random_scores(coarse), units=0.9, floor=0.28, kinds="ffn")
     assert set(kept.counts().values()) == {4}  # 12 * 0.28 = 3.36
-
-
-def test_layers_are_dropped_from_the_end_or_by_influence(coarse: Groups) -> None:
-    scores = random_scores(coarse)
-    block = sum(p.tensor.numel() for n, p in coarse.parameters.items() if n.startswith("model.layers.0.") and p.tensor is not None)
-    half = 2 * block / coarse.total
-    plan = select(coarse, scores, ratio=half, kinds="layers")
-    assert plan.drop == ("model.layers.2", "model.layers.3")
-    assert plan.keep == {}
-    assert check_removed(coarse, plan, *COARSE) == pytest.approx(half)
-    influence = {"model.layers.0": 0.9, "model.layers.1": 0.1, "model.layers.2": 0.5, "model.layers.3": 0.2}
-    assert select(coarse, {}, ratio=half, kinds="layers", block_scores=influence).drop == ("model.layers.1", "model.layers.3")
-    assert select(coarse, {}, units=0.5, kinds="layers", block_scores=influence).drop == ("model.layers.1", "model.layers.3")
-    assert select(coarse, {}, units={"layers": 0.25}, protect_last=1).drop == ("model.layers.2",)
-    kept = select(coarse, {}, ratio=half, kinds="layers", protect=["model.layers.3.*"], protect_first=1)
-    assert kept.drop == ("model.layers.1", "model.layers.2")  # a protected group protects its block
-    with pytest.raises(PlanError, match=r"at most \d+\.\d% of the parameters can go$"):
-        select(coarse, {}, ratio=0.9, kinds="layers", floor=0.5)
-    one = select(coarse, {}, units=0.99, kinds="layers")
-    assert one.drop == ("model.layers.1", "model.layers.2", "model.layers.3")
-    near = select(coarse, {}, ratio=half + 0.02, kinds="layers")
-    assert near.drop == plan.drop
-    assert near.recipe["note"].startswith(
-        f"asked for {half + 0.02:.2%} of the parameters; the nearest that the units allow is {half:.2%}"
-    )
-
-
-@pytest.mark.parametrize("widths", WIDTHS)
-def test_layers_and_widths_together(coarse: Groups, widths: str) -> None:
-    plan = select(coarse, random_scores(coarse), ratio=0.5, kinds={"layers": 1, "ffn": 1}, widths=widths)
-    assert plan.drop
-    assert plan.keep
-    assert not any(n.startswith(f"{d}.") for n in plan.keep for d in plan.drop)
-    check_removed(coarse, plan, *COARSE)
-
-
-def test_layer_errors(coarse: Groups) -> None:
-    def error(groups: Groups, **options: Any) -> str:
-        with pytest.raises(UsageError) as raised:
-            select(groups, random_scores(groups), **{"ratio": 0.2, "kinds": "layers", **options})
-        return str(raised.value)
-
-    assert error(coarse, ranking="global") == (
-        "global ranking compares units by what goes with them; whole layers have no such score: use ranking='local'"
-    )
-    assert error(coarse, block_scores={"model.layers.0": 1.0}) == (
-        "there is no score for block 'model.layers.1'; give one for each, or none"
-    )
-    flat = find_groups(trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), (torch.randn(2, 3),)))
-    assert error(flat) == "this model has no residual block that can be dropped whole"
-    assert error(flat, kinds=("hidden", "experts")) == "this model has no prunable group of kind hidden, experts; it has other"
-
-
-def test_out_of_reach(coarse: Groups) -> None:
-    with pytest.raises(PlanError) as raised:
-        select(coarse, random_scores(coarse), ratio=0.9, kinds="ffn")
-    share = 4 * 11 * 3 * 18 / coarse.total
-    assert str(raised.value) == (
-        "a ratio of 90.0% cannot be reached: with these kinds, protections, floor and multiple at most "
-        f"{share:.1%} of the parameters can go"
-    )
-    with pytest.raises(PlanError) as raised:
-        select(coarse, random_scores(coarse), ratio=0.001)
-    assert str(raised.value) == "nothing would be removed: the ratio is smaller than the smallest unit, or every group is protected"
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({}, "give either ratio= (share of all parameters) or units= (share of units), not both or neither"),
-        (
-            {"ratio": 0.2, "units": 0.2},
-            "give either ratio= (share of all parameters) or units= (share of units), not both or neither",
-        ),
-        ({"ratio": 20}, "a ratio must lie between 0 and 1 (0.2 removes 20 %), got 20"),
-        ({"ratio": 0}, "a ratio must lie between 0 and 1 (0.2 removes 20 %), got 0"),
-        ({"ratio": math.nan}, "a ratio must lie between 0 and 1 (0.2 removes 20 %), got nan"),
-        ({"ratio": "0.2"}, "a ratio must lie between 0 and 1 (0.2 removes 20 %), got '0.2'"),
-        ({"units": {"ffn": 1.5}}, "a ratio must lie between 0 and 1 (0.2 removes 20 %), got 1.5"),
-        (
-            {"ratio": 0.2, "kinds": ["ffm"]},
-            (
-                "unknown kind 'ffm'; did you mean 'ffn'? "
-                "Choose from: channels, experts, ffn, head_dim, hidden, kv_heads, layers, other, query_groups"
-            ),
-        ),
-        ({"units": {"experts": 0.5}, "kinds": ("ffn",)}, "units= gives a share for kind 'experts', but kinds= leaves it out"),
-        ({"ratio": 0.2, "kinds": ()}, "no kind may be pruned: name at least one"),
-        ({"ratio": 0.2, "kinds": {"ffn": 0}}, "no kind may be pruned: name at least one"),
-        ({"units": {}}, "no kind may be pruned: name at least one"),
-        ({"ratio": 0.2, "kinds": {"ffn": -1}}, "a pace must be 0 or a positive number, got {'ffn': -1}"),
-        (
-            {"ratio": 0.2, "ranking": "globl"},
-            "unknown ranking 'globl'; did you mean 'global'? Choose from: global, local, measured, standardised",
-        ),
-        ({"ratio": 0.2, "widths": "equal"}, "unknown widths 'equal'; choose from: per-layer, uniform"),
-        ({"ratio": 0.2, "floor": 1.0}, "floor is a share of units from 0 up to (not including) 1, got 1.0"),
-        ({"ratio": 0.2, "multiple": 0}, "multiple must be a whole number, at least 1, got 0"),
-        ({"ratio": 0.2, "multiple": {"ffn": 2.5}}, "multiple must be a whole number, at least 1, got {'ffn': 2.5}"),
-        (
-            {"ratio": 0.2, "rankings": "local"},
-            (
-                "unknown option 'rankings'; did you mean 'ranking'? Choose from: floor, kinds, multiple, "
-                "protect, protect_first, protect_last, ranking, ratio, units, widths"
-            ),
-        ),
-    ],
-)
-def test_usage_errors(coarse: Groups, options: dict[str, Any], text: str) -> None:
-    with pytest.raises(UsageError) as raised:
-        select(coarse, random_scores(coarse), **options)
-    assert str(raised.value) == text
-
-
-def test_unknown_kinds_in_multiples(coarse: Groups) -> None:
-    with pytest.raises(UsageError, match=r"^unknown kind 'fnn'; did you mean 'ffn'\?"):
-        Selection(ratio=0.2, multiple={"fnn": 8})
-
-
-def test_scores_must_fit_the_groups(coarse: Groups) -> None:
-    scores, name = random_scores(coarse), "model.layers.1.mlp.ffn"
-    damaged = scores[name].clone()
-    damaged[3] = math.nan
-    for wrong, text in (
-        ({n: s for n, s in scores.items() if n != name}, f"there are no scores for group '{name}'; score the model first"),
-        ({**scores, name: torch.rand(5)}, f"group '{name}' has 12 units, but its scores have shape (5,)"),
-        ({**scores, name: damaged}, f"the scores of group '{name}' are not finite"),
-    ):
-        with pytest.raises(UsageError) as raised:
-            select(coarse, wrong, ratio=0.2)
-        assert str(raised.value) == text
-
-
-def test_selection_and_keywords_exclude_each_other(coarse: Groups) -> None:
-    with pytest.raises(UsageError, match=r"^give either selection= or its fields as keywords, not both \('ratio'\)$"):
-        select(coarse, random_scores(coarse), Selection(ratio=0.2), ratio=0.3)
 
 
 shares = st.floats(0.01, 0.7)
@@ -600,37 +323,6 @@ def test_speed_on_thirty_layers() -> None:
             plan = select(groups, scores, ratio=0.2, widths=widths, ranking=ranking)
             assert plan.recipe["removed"] == pytest.approx(0.2, abs=1e-3)
     assert time.perf_counter() - start < 8
-
-
-def test_every_stack_keeps_a_block() -> None:
-    """An encoder and a decoder of residual blocks: neither may go as a whole, however little it matters."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.down(torch.relu(self.up(x)))
-
-    class Stacks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder = nn.ModuleList(Block() for _ in range(3))
-            self.decoder = nn.ModuleList(Block() for _ in range(3))
-            self.head = nn.Linear(6, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for block in (*self.encoder, *self.decoder):
-                x = block(x)
-            return self.head(x)
-
-    groups = find_groups(trace(Stacks(), (torch.randn(2, 6),)))
-    assert len(groups.blocks) == 6
-    worthless = {path: float(path.startswith("decoder")) for path in groups.blocks}
-    plan = select(groups, {}, units=0.6, kinds="layers", block_scores=worthless)
-    assert len(plan.drop) == 4
-    assert {path.split(".")[0] for path in set(groups.blocks) - set(plan.drop)} == {"encoder", "decoder"}
 
 
 def test_mixtures_stop_where_routers_and_kernels_can_follow() -> None:

@@ -128,20 +128,22 @@ def test_what_it_writes_and_what_it_says_to_type_next_work(run: Run, place: Path
 def test_prune_keeps_a_tenth_of_the_kinds_that_it_prunes(run: Run, written: Path) -> None:
     found = Knowledge.load(written)
     per_layer = ("--widths", "per-layer", *PLAIN)
-    ran = run("prune", "dense", "--dry-run", "--units", "0.5", "--knowledge", str(written), *per_layer)
+    ran = run("prune", "dense", "--dry-run", "--json", "--units", "0.5", "--knowledge", str(written), *per_layer)
     assert ran.status == 0
     kept = json.loads(ran.out)["keep"]
     assert {r.name for r in found.rows if r.kind != "layers"} - set(kept) == set(found.protected(0.1))
-    ran = run("prune", "dense", "--dry-run", "--units", "ffn=0.5", "--knowledge", str(written), *per_layer)
+    ran = run("prune", "dense", "--dry-run", "--json", "--units", "ffn=0.5", "--knowledge", str(written), *per_layer)
     (name,) = found.protected(0.1, ["ffn"])
     assert set(json.loads(ran.out)["keep"]) == {f"model.layers.{i}.mlp.ffn" for i in (0, 1)} - {name}
-    ran = run("prune", "dense", "--dry-run", "--units", "0.5", "--kinds", "layers", "--knowledge", str(written))
+    ran = run("prune", "dense", "--dry-run", "--json", "--units", "0.5", "--kinds", "layers", "--knowledge", str(written))
     (block,) = found.protected(0.1, ["layers"])
     assert json.loads(ran.out)["drop"] == [f"model.layers.{i}" for i in (0, 1) if f"model.layers.{i}" != block]
     both = ("--protect", "model.layers.0.mlp.ffn", "--protect", "model.layers.1.mlp.ffn", "--kinds", "ffn,kv_heads")
-    ran = run("prune", "dense", "--dry-run", "--units", "0.5", "--knowledge", str(written), *both, *per_layer)
+    ran = run("prune", "dense", "--dry-run", "--json", "--units", "0.5", "--knowledge", str(written), *both, *per_layer)
     assert not {n for n in json.loads(ran.out)["keep"] if n.endswith("ffn")}  # what is typed is kept as well
-    ran = run("prune", "dense", "--dry-run", "--units", "0.5", "--knowledge", str(written), "--protect-share", "0", *per_layer)
+    ran = run(
+        "prune", "dense", "--dry-run", "--json", "--units", "0.5", "--knowledge", str(written), "--protect-share", "0", *per_layer
+    )
     assert len(json.loads(ran.out)["keep"]) == 4
 
 
@@ -240,10 +242,10 @@ def test_an_interrupted_command_that_keeps_nothing_says_so(run: Run, monkeypatch
         (("--protect-share", "10"), "--protect-share must lie between 0 and 1 (0.1 protects a tenth), got 10.0"),
         (("--text", "missing.txt"), "there is no file 'missing.txt'"),
         (("--resume",), "--resume goes on with a measurement whose output is named with -o: name it"),
-        (("-o", "out.txt"), "cannot write a measurement as 'out.txt': the suffix must be one of these; choose from: .json"),
+        (("-o", "out.txt"), "cannot write a measurement as 'out.txt': its name must end in .json"),
         (("-o", "nowhere/out.json"), "there is no directory 'nowhere' to write 'out.json' to"),
-        (("--plot", "out.gif"), "cannot draw 'out.gif': its name must end in one of .pdf, .png, .svg"),
-        (("--plot", "nowhere/out.png"), "cannot write 'nowhere/out.png': there is no directory 'nowhere'"),
+        (("--plot", "out.gif"), "cannot write a plot as 'out.gif': its name must end in one of .pdf, .png, .svg"),
+        (("--plot", "nowhere/out.png"), "there is no directory 'nowhere' to write 'out.png' to"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

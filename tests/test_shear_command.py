@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +15,9 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from .command import ROOT, Run, beside_links
+from .command import Run, beside_links
 from .curricula import dense, write_sources
+from .processes import finished, kill_again_and_again
 from .recovering import SLOWLY, write_instructions
 from .zoo import tokenizer
 
@@ -96,7 +92,7 @@ def test_all_stages_from_end_to_end(run: Run) -> None:
         (["--ratio", "0.2", "--steps", "20", "--knowledge", "none.json"], "cannot read 'none.json': No such file or directory"),
         (
             ["--ratio", "0.2", "--steps", "20", "--plot", "x.txt"],
-            "cannot draw 'x.txt': its name must end in one of .pdf, .png, .svg",
+            "cannot write a plot as 'x.txt': its name must end in one of .pdf, .png, .svg",
         ),
         (
             ["--ratio", "0.2", "--steps", "20", "--shear-share", "1", "--plot", "x.png"],
@@ -134,38 +130,13 @@ def command(place: Path, out: Path) -> list[str]:
     return ["shear", str(place / "dense"), "-o", str(out), "--ratio", "0.2", "--steps", "24", *sources, *OPTIONS, *sets]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def finished(arguments: list[str], out: Path) -> dict[str, Any]:
-    """The report of a command that must end well."""
-    ran = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    found: dict[str, Any] = json.loads((out / "fxprune_report.json").read_text())
-    return found
-
-
 @pytest.mark.slow
 def test_kill_nine_at_any_moment(place: Path, tmp_path: Path) -> None:
     """Killed by a clock that knows nothing of stages: units, losses, shares and weights are those of a run that never was."""
     expected = finished(["-m", "fxprune.cli", *command(place, tmp_path / "expected")], tmp_path / "expected")
-    out, work, chosen, kills = tmp_path / "out", tmp_path / "out.shearing", random.Random(0), 0
+    out, work = tmp_path / "out", tmp_path / "out.shearing"
     arguments = ["-c", SLOWLY, *command(place, out)]
-    while kills < 4:
-        process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        begun = set(work.rglob("*"))
-        while process.poll() is None and set(work.rglob("*")) <= begun | {work / "lock"}:
-            time.sleep(0.005)
-        time.sleep(chosen.uniform(0, 2.5))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if out.exists():
-            break
-        kills += 1
-    assert kills >= 3, "it was over before it was killed: no test"
+    kill_again_and_again(arguments, out, lambda: {*work.rglob("*")} - {work / "lock"}, times=4, longest=2.5)
     if out.exists() and not (work / "run.json").exists():  # killed when all was done but for the exit
         found = json.loads((out / "fxprune_report.json").read_text())
         shutil.rmtree(work, ignore_errors=True)

@@ -54,7 +54,7 @@ def solve_config(model: nn.Module, groups: Groups, plan: PrunePlan, added: Mappi
             widths.setdefault((group.family, group.size), set()).add(kept)
     uneven = [family for (family, _), sizes in widths.items() if len(sizes) > 1]
     if uneven:
-        raise Unsolved(f"widths differ between layers ({uneven[0]})")
+        raise Unsolved(f"widths differ between layers ({', '.join(uneven)})")
     drop = dropped_entries(plan)
     wanted = {**_wanted_shapes(model, groups, plan, drop), **(added or {})}
     config = copy.deepcopy(model.config)

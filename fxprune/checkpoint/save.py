@@ -104,7 +104,9 @@ def check_target(target: str | os.PathLike[str], *, overwrite: bool = False) -> 
         raise UsageError(f"the output '{path}' is a file; name a directory")
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
-            raise UsageError(f"the output directory '{path}' exists and is not empty; choose another, or say overwrite")
+            raise UsageError(
+                f"the output directory '{path}' exists and is not empty; choose another, or say overwrite=True (--overwrite)"
+            )
         if not any((path / name).is_file() for name in ("config.json", PLAN_FILE)):
             raise UsageError(f"the output directory '{path}' holds no checkpoint: it will not be replaced; choose another")
     nearest = next(p for p in Path(os.path.abspath(path)).parents if p.exists())

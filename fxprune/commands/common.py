@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,9 @@ from ..passes.batches import Progress
 
 console = Console(stderr=True)
 
+EVERY = 30.0
+"""Seconds between two lines of progress in a log."""
+
 
 def quiet_libraries() -> None:
     """No progress bars of other libraries between ours."""
@@ -31,12 +35,15 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """A progress bar on standard error with the time left; silent when that is no terminal.
+    """A progress bar on standard error with the time left; where that is no terminal, a line now and then.
 
     What is being done names its bar; what stands behind it in brackets may change from call to call.
     """
+    if not console.is_terminal:
+        yield _Lines()
+        return
     columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeRemainingColumn())
-    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with bars.Progress(*columns, console=console, transient=True) as bar:
         tasks: dict[str, Any] = {}
 
         def advance(what: str, done: int, total: int) -> None:
@@ -46,6 +53,23 @@ def progress() -> Iterator[Progress]:
             bar.update(tasks[name], description=what, completed=done, total=total)
 
         yield advance
+
+
+class _Lines:
+    """Progress in a log: a line about every `EVERY` seconds, so that short work says nothing."""
+
+    def __init__(self) -> None:
+        self.said = time.monotonic()
+        self.began: dict[str, tuple[float, int]] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        begin, before = self.began.setdefault(what.partition(" (")[0], (now, done))
+        if now - self.said < EVERY:
+            return
+        self.said = now
+        left = f", {(now - begin) / (done - before) * (total - done):.0f} s left" if before < done < total else ""
+        console.print(f"{what}: {done} of {total}{left}", markup=False, highlight=False)
 
 
 def load_model(arguments: argparse.Namespace, *, meta: bool = False) -> tuple[nn.Module, Any]:

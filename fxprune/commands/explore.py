@@ -8,7 +8,7 @@ from pathlib import Path
 from ..calibration import read_texts
 from ..criteria import find_criterion
 from ..errors import UsageError
-from ..explorer.explore import explore
+from ..explorer.explore import check_reads, explore
 from ..files import check_file
 from ..plan import PrunePlan
 from .common import console, load_model, progress
@@ -23,6 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.meta:
             raise UsageError("--criterion needs weights, and --meta reads none: leave one of them out")
     if arguments.calibration:
+        check_reads(arguments.criterion)
         read_texts(arguments.calibration)
     model, tokenizer = load_model(arguments, meta=arguments.meta)
     with progress() as advance:

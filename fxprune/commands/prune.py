@@ -27,7 +27,8 @@ from ..passes.knowledge import protecting
 from ..passes.selection import Selection, select
 from ..plan import PrunePlan
 from ..planning import Planning, settle
-from .common import check_share, console, describe_widths, dump, load_model, progress, show_result
+from ..table import wide_console
+from .common import check_share, describe_widths, dump, load_model, progress, show_result
 
 HOW = tuple(field.name for field in fields(Planning) if field.name != "seed")
 WHAT = tuple(field.name for field in fields(Selection) if field.name != "ratio")
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         graph = trace(model, example_inputs(model))
         Knowledge.load(arguments.knowledge).check(groups_of(graph))
     if arguments.dry_run:
-        return _dry_run(model, graph, plan, selection)
+        return _dry_run(model, graph, plan, selection, as_json=arguments.json)
     if arguments.calibration and tokenizer is None:
         raise UsageError(f"calibration text needs a tokenizer, and there is none beside '{arguments.model}'")
     with progress() as advance:
@@ -75,6 +76,8 @@ def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any
 
 def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection | None]:
     """What to remove; everything that can be refused without a model is refused here, before one is loaded."""
+    if arguments.json and not arguments.dry_run:
+        raise UsageError("--json is for --dry-run: a prune's numbers are in OUTPUT/fxprune_report.json")
     if not arguments.dry_run:
         if not arguments.output:
             raise UsageError("name an output directory with -o (or add --dry-run)")
@@ -111,8 +114,11 @@ def _protecting(selection: Selection, file: str, share: float) -> Selection:
     return protecting(selection, Knowledge.load(file), share, f"'{file}'")
 
 
-def _dry_run(model: nn.Module, graph: GraphModule | None, plan: PrunePlan | None, selection: Selection | None) -> int:
+def _dry_run(
+    model: nn.Module, graph: GraphModule | None, plan: PrunePlan | None, selection: Selection | None, *, as_json: bool
+) -> int:
     """Widths and cost from shapes; which units they are is decided by magnitude, which needs no calibration."""
+    guessed = plan is None
     gm = graph if graph is not None else trace(model, example_inputs(model))
     groups = groups_of(gm)
     if plan is None:
@@ -123,17 +129,22 @@ def _dry_run(model: nn.Module, graph: GraphModule | None, plan: PrunePlan | None
     else:
         plan.check(groups)
     before, after = costs(groups, plan)
-    table = Table(title="Dry run: nothing was scored with calibration, nothing was written")
+    if as_json:
+        dump({"before": before.to_json(), "after": after.to_json(), "drop": list(plan.drop), "keep": plan.counts()})
+        return 0
+    table = Table(title="Dry run: nothing was written")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
     for name, unit in (("parameters", 1), ("bytes", 1), ("macs", 1)):
         b, a = getattr(before, name) / unit, getattr(after, name) / unit
         label = {"bytes": "parameter bytes", "macs": "multiply-accumulates per token"}.get(name, name)
         table.add_row(label, f"{b:,.0f}", f"{a:,.0f}", f"{a / b - 1:+.1%}")
-    console.print(table)
+    out = wide_console()
+    out.print(table)
     for line in describe_widths({n: [groups[n].size, len(u)] for n, u in plan.keep.items()}, plan.drop):
-        console.print(line)
+        out.print(line, markup=False, highlight=False)
     if note := plan.recipe.get("note"):
-        console.print(f"Note: {note}", markup=False)
-    dump({"before": before.to_json(), "after": after.to_json(), "drop": list(plan.drop), "keep": plan.counts()})
+        out.print(f"note: {note}", markup=False, highlight=False)
+    if guessed:
+        out.print("note: scored by magnitude, without calibration; the widths of a real run may differ", markup=False)
     return 0

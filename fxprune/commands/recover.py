@@ -18,6 +18,7 @@ from ..recovery.result import RecoveryResult
 from ..recovery.run import recover
 from ..recovery.settings import settings_of
 from ..recovery.state import SUFFIX
+from ..wording import counted
 from .common import check_device, console, interrupted, progress, quiet_libraries
 
 FLAGS = (
@@ -124,7 +125,7 @@ def show_curriculum(curriculum: dict[str, Any]) -> None:
     for number, names in enumerate(curriculum["stages"], start=1):
         records = [r for r in curriculum["measurements"] if r["stage"] == number]
         rounds = len(records) - 1
-        console.print(f"stage {number}     {rounds} round{'s' * (rounds > 1)} ({records[-1]['ended']})", markup=False)
+        console.print(f"stage {number}     {counted(rounds, 'round')} ({records[-1]['ended']})", markup=False)
         for name in names:
             lost = records[0]["degradation"] is not None
             what = "degradation" if lost else "held-out loss"

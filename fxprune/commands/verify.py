@@ -18,9 +18,9 @@ from ..checkpoint.source import load_source
 from ..errors import UsageError, VerificationError
 from ..mode import quiet
 from ..passes.rewrite import rewrite
-from ..passes.verify import verify
+from ..passes.verify import VerifyReport, verify
 from ..plan import PrunePlan
-from .common import console, dump, load_model
+from .common import dump, load_model
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not (path / PLAN_FILE).is_file():
         raise UsageError(f"'{path}' holds no {PLAN_FILE}: it is no checkpoint that fxprune wrote")
     plan = PrunePlan.load(path / PLAN_FILE)
+    slices: dict[str, Any] = {}
     changed = _changed(path)
     pruned, _ = load_model(arguments)
     dense, _ = load_source(arguments.dense, dtype=arguments.dtype)
@@ -40,11 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
     if changed:
         small = rewrite(gm, plan)
         report = verify(gm, small, plan, inputs)
-        slices = _compare(pruned, small, plan, changed, path)
-        dump({**report.to_json(), "changed_by": changed, **slices})
+        slices = {"changed_by": changed, **_compare(pruned, small, plan, path)}
     else:
         report = verify(gm, _WithoutCache(pruned), plan, inputs)
-        dump(report.to_json())
+    if arguments.json:
+        dump({**report.to_json(), **slices})
+    elif report.ok:
+        print("\n".join(_said(path, report, slices)))
     if not report.ok:
         raise VerificationError(
             f"'{path}' differs from the {report.reference} model: relative error {report.max_rel_error:.2e}, "
@@ -63,7 +66,19 @@ def _changed(path: Path) -> list[str]:
     return [*([f"compensation ({made_up})"] if made_up else []), *(["recovery"] if report.get("recovery") else [])]
 
 
-def _compare(pruned: nn.Module, small: nn.Module, plan: PrunePlan, changed: list[str], path: Path) -> dict[str, int]:
+def _said(path: Path, report: VerifyReport, slices: dict[str, Any]) -> list[str]:
+    """What was compared, and how near it came."""
+    what = f"the plan of '{path}', applied to the dense model," if slices else f"'{path}'"
+    lines = [f"{what} equals its reference ({report.reference}): relative error {report.max_rel_error:.1e}, allowed {report.tolerance:.0e}"]
+    if slices:
+        lines.append(
+            f"the weights were changed after pruning by {' and '.join(slices['changed_by'])}: "
+            f"{slices['slices_of_the_dense_model']} of {slices['parameters']} are the dense model's slices"
+        )
+    return lines
+
+
+def _compare(pruned: nn.Module, small: nn.Module, plan: PrunePlan, path: Path) -> dict[str, int]:
     """How many parameters are still slices of the dense model's; all must have the shapes of slices.
 
     Raises:
@@ -78,9 +93,6 @@ def _compare(pruned: nn.Module, small: nn.Module, plan: PrunePlan, changed: list
             raise VerificationError(f"in '{path}' parameter '{name}' is {shape}; the plan makes it {tuple(slice_.shape)}")
         total += 1
         same += int(torch.equal(found.detach(), slice_.detach().to(found.dtype)))
-    console.print(
-        f"the weights were changed after pruning by {' and '.join(changed)}: {same} of {total} are the dense model's slices"
-    )
     return {"parameters": total, "slices_of_the_dense_model": same}
 
 

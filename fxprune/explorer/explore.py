@@ -101,9 +101,8 @@ def explore(
         raise UsageError("scores= are shown as they are: leave out criterion=")
     if found is not None and isinstance(model, Groups):
         raise UsageError("criterion= needs the model; with groups, give scores=")
-    if calibration is not None and (found is None or (isinstance(found, Criterion) and not found.calibrated)):
-        name = getattr(found, "name", CRITERION)
-        raise UsageError(f"criterion '{name}' reads no text: leave out calibration, or name one that does, such as taylor1")
+    if calibration is not None:
+        check_reads(criterion)
     read = plan if plan is None or isinstance(plan, PrunePlan) else PrunePlan.load(plan)
     bare = isinstance(model, nn.Module) and any(p.is_meta for p in model.parameters())
     if bare and found is not None:
@@ -139,6 +138,13 @@ def explore(
         plan=read,
     )
     return Explorer(data, render(data))
+
+
+def check_reads(criterion: str | Criterion | UserCriterion | None) -> None:
+    """Raise `UsageError` unless that criterion (None: the default) reads calibration text."""
+    found = find_criterion(CRITERION if criterion is None else criterion)
+    if isinstance(found, Criterion) and not found.calibrated:
+        raise UsageError(f"criterion '{found.name}' reads no text: leave out calibration, or name one that does, such as taylor1")
 
 
 def _named(criterion: Criterion | UserCriterion) -> dict[str, str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from ..errors import UsageError
+from ..wording import counted
 from .settings import Shearing
 
 
@@ -86,19 +89,33 @@ def make_schedule(budget: Budget, settings: Shearing, per_step: float, stages: i
         UsageError: There are too few steps for the periods, or none for recovery.
     """
     whole = budget.steps if budget.steps is not None else int((budget.tokens or 0) / per_step)
-    steps = whole if settings.shear_share == 1 else round(whole * settings.shear_share)
     periods = 1 if settings.one_shot else settings.periods
-    said = f"{budget.steps} steps" if budget.steps is not None else f"{budget.tokens:,} tokens, {per_step:,.0f} in a step,"
-    warmup = round(steps * settings.warmup_share)
-    length = 1 if settings.one_shot else (steps - warmup) // periods
-    if steps - warmup < periods:
+    steps, warmup = _parts(whole, settings)
+    shrinking, recovering = steps - warmup, whole - steps
+    wanted = stages if settings.shear_share < 1 else 0
+    if shrinking < periods or recovering < wanted:
+        said = f"{budget.steps} steps" if budget.steps is not None else f"{budget.tokens:,} tokens, {per_step:,.0f} in a step,"
+        least = next(n for n in count(whole + 1) if _enough(n, settings, periods, wanted))
+        enough = f"{least} steps" if budget.steps is not None else f"{math.ceil(least * per_step):,} tokens"
+        if shrinking < periods:
+            raise UsageError(
+                f"{said} leave shearing {counted(shrinking, 'step')} after its warm-up, fewer than its "
+                f"{counted(periods, 'period')}: give at least {enough}, raise shear_share, or lower batch_size or periods"
+            )
         raise UsageError(
-            f"{said} leave shearing {max(0, steps - warmup)} steps after its warm-up, fewer than its {periods} "
-            f"period{'s' * (periods > 1)}: raise the budget or shear_share, or lower batch_size or periods"
-        )
-    if settings.shear_share < 1 and whole - steps < stages:
-        raise UsageError(
-            f"{said} leave recovery {whole - steps} steps for {stages} stage{'s' * (stages > 1)}: raise the budget, lower "
+            f"{said} leave recovery {counted(recovering, 'step')} for {counted(stages, 'stage')}: give at least {enough}, lower "
             "shear_share, or say shear_share=1 for no recovery"
         )
+    length = 1 if settings.one_shot else shrinking // periods
     return Schedule(steps, warmup if settings.one_shot else steps - periods * length, periods, length)
+
+
+def _parts(whole: int, settings: Shearing) -> tuple[int, int]:
+    """Of so many steps, those of shearing, and of these its warm-up."""
+    steps = whole if settings.shear_share == 1 else round(whole * settings.shear_share)
+    return steps, round(steps * settings.warmup_share)
+
+
+def _enough(whole: int, settings: Shearing, periods: int, stages: int) -> bool:
+    steps, warmup = _parts(whole, settings)
+    return steps - warmup >= periods and whole - steps >= stages

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from ..data import Examples, Source, Sources, parse_sources
 from ..errors import UsageError, nearest
+from ..wording import counted
 from .settings import Recovery
 
 WEIGHTS = ("dynamic", "static")
@@ -82,7 +83,7 @@ class Curriculum:
         if self.shares is None:
             return
         if len(self.shares) != len(self.stages) or not all(_number(s) and s > 0 for s in self.shares):
-            stages = f"{len(self.stages)} stage{'s' * (len(self.stages) > 1)}"
+            stages = counted(len(self.stages), "stage")
             raise UsageError(f"shares of a curriculum must be a positive number for each of its {stages}, got {list(self.shares)}")
 
     @property

@@ -15,6 +15,7 @@ from ..data.examples import SHUFFLED_TOKENS
 from ..data.overlap import COMPARED, overlap
 from ..errors import UsageError
 from ..passes.batches import Progress
+from ..wording import counted
 from .curriculum import Curriculum
 from .settings import Recovery
 
@@ -130,7 +131,10 @@ def load_stages(
         found = replace(_examples((source,), tokenizer, settings, samples=settings.samples, progress=progress), names=(name,))
         count = min(settings.validation_samples, len(found) // 10)
         if not count:
-            raise UsageError(f"'{name}' has {len(found)} examples, and a tenth is held out to measure on: give at least 10")
+            raise UsageError(
+                f"'{name}' comes to {counted(len(found), 'example')} of at most {settings.cutoff} tokens, and a tenth is held out "
+                "to measure on: give text for at least 10, or lower cutoff"
+            )
         train[name], held[name] = found.split(count, settings.seed)
     sketches = _sketches(curriculum.sources, validation, settings)
     parts = [list(stage) for stage in curriculum.named()]

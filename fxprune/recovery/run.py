@@ -172,6 +172,8 @@ class RecoveryRun:
     def __post_init__(self) -> None:
         settings, model = self.settings, self.subject.model
         self.notes: list[str] = list(self.data.account.get("overlaps", ()))
+        if (directory := self.subject.directory) is not None and self.subject.plan is None:
+            self.notes.append(f"'{directory.name}' holds no plan of fxprune: it was trained as it is")
         self.home: torch.device | None = None
         cuda = self.world.device.type == "cuda"
         self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda and torch.cuda.is_bf16_supported())

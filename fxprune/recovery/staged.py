@@ -13,6 +13,7 @@ from torch import nn
 
 from ..data import Batches
 from ..errors import FxPruneError
+from ..wording import counted
 from .curriculum import Curriculum, StagePlan
 from .loop import Due, Training, room
 from .objective import inputs_of
@@ -166,7 +167,7 @@ class StagedTraining(Training):
             return 0, "all rounds done"
         if patience and waited >= patience:
             what = "held-out loss" if self.dense is None else "degradation"
-            return 0, f"{what} has not fallen for {waited} round{'s' * (waited > 1)}"
+            return 0, f"{what} has not fallen for {counted(waited, 'round')}"
         steps = stage.plan.begin(done + 1) - stage.plan.begin(done)
         if stage.plan.tokens is not None:
             left = stage.plan.tokens - sum(sum(r["tokens"].values()) for r in earlier)
