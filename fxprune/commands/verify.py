@@ -69,7 +69,8 @@ def _changed(path: Path) -> list[str]:
 def _said(path: Path, report: VerifyReport, slices: dict[str, Any]) -> list[str]:
     """What was compared, and how near it came."""
     what = f"the plan of '{path}', applied to the dense model," if slices else f"'{path}'"
-    lines = [f"{what} equals its reference ({report.reference}): relative error {report.max_rel_error:.1e}, allowed {report.tolerance:.0e}"]
+    error = f"relative error {report.max_rel_error:.1e}, allowed {report.tolerance:.0e}"
+    lines = [f"{what} equals its reference ({report.reference}): {error}"]
     if slices:
         lines.append(
             f"the weights were changed after pruning by {' and '.join(slices['changed_by'])}: "
