@@ -308,6 +308,9 @@ def _shear(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--periods", type=int, help="in which units go to zero (default 4)")
     how.add_argument("--one-shot", action="store_true", default=None, help="all units go at once after the warm-up (an ablation)")
     how.add_argument("--projection", help="half-space (default) or linear")
+    how.add_argument(
+        "--criterion", help="what ranks units: saliency (default, the paper's), or as for fxprune prune: taylor1, kfac, ..."
+    )
     how.add_argument("--curriculum", metavar="WEIGHTS", help="of recovery: dynamic (default) or static")
     how.add_argument("--rounds", type=int, help="of each stage of recovery at most (default 4)")
     how.add_argument("--patience", type=int, help="end a stage after so many rounds without a fall (default 1; 0 never)")

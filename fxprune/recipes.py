@@ -98,6 +98,8 @@ SHEARINGS: dict[str, dict[str, Any]] = {
         "penalty": 1e-3,
         "epsilon": 0.0,
         "saliency": ("magnitude", "average", "cosine", "taylor1", "taylor2"),
+        "criterion": "saliency",
+        "criterion_samples": 128,
         "curriculum": "dynamic",
         "rounds": 4,
         "source_floor": 0.05,

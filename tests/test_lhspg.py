@@ -171,6 +171,30 @@ def test_uniform_widths() -> None:
     assert optimizer.history[-1]["removed"] == pytest.approx(0.15, abs=144 / bare_total(model))
 
 
+def test_given_scores_stand_in_place_of_saliency() -> None:
+    """What matters least by parameter goes, least first."""
+    model, gm, groups = fresh()
+    channels, heads = [named(groups, "ffn", layer) for layer in (0, 1)], [named(groups, "kv_heads", layer) for layer in (0, 1)]
+    scores = {name: 144.0 * (2 + torch.arange(64).double()) for name in channels}  # 3 x 48 parameters go with a channel
+    scores |= {name: torch.full((2,), 1e9) for name in heads}
+    scores |= {named(groups, "query_groups", layer): torch.full((3,), 1e9) for layer in (0, 1)}
+    scores[channels[0]] += 1e-3
+    scores[heads[1]][HEAD] = 2.5 * 48 * 64  # 8 rows of k and v, 24 rows of q and columns of o: between the first two channels
+    share = (3 * 144 + 48 * 64) / bare_total(model)
+    options: dict[str, Any] = {"ratio": share, "warmup": 0, "periods": 2, "period_steps": 2, "scores": scores}
+    optimizer = LHSPG(torch.optim.AdamW(trained(model), lr=5e-3), gm, groups, **options)
+    first: dict[str, Tensor] = {}
+
+    def after(step: int) -> None:
+        if step == 2:
+            first.update(optimizer.zero)
+
+    train(model, optimizer, 4, after=after)
+    assert same(first, {channels[0]: torch.tensor([0]), channels[1]: torch.tensor([0])})
+    assert same(optimizer.zero, {channels[0]: torch.tensor([0]), channels[1]: torch.tensor([0, 1]), heads[1]: torch.tensor([HEAD])})
+    assert str(optimizer.plan().recipe["saliency"]).startswith("scores ")
+
+
 def test_protected_groups_stay_whole() -> None:
     model, gm, groups = fresh()
     block = f"{BASE}.0"

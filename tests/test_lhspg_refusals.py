@@ -123,6 +123,23 @@ def test_arguments(options: dict[str, Any], message: str) -> None:
     assert message in str(error.value)
 
 
+def test_scores_that_do_not_fit() -> None:
+    model, gm, groups = fresh()
+    whole = {name: torch.ones(group.size) for name, group in groups.items()}
+    name = next(n for n, g in groups.items() if g.kind == "ffn")
+    for wrong, message in (
+        ({n: s for n, s in whole.items() if n != name}, f"scores= has nothing of group '{name}', which may lose units"),
+        ({**whole, name: torch.ones(5)}, f"group '{name}' has 64 units, but its scores have shape (5,)"),
+        ({**whole, name: -torch.ones(64)}, f"the scores of group '{name}' must be finite and at least 0"),
+        ({**whole, name: torch.full((64,), torch.inf)}, f"the scores of group '{name}' must be finite and at least 0"),
+    ):
+        with pytest.raises(UsageError) as error:
+            made(model, gm, groups, scores=wrong)
+        assert message in str(error.value)
+    with pytest.raises(UsageError, match="scores= stand in place of saliency: leave saliency= out"):
+        made(model, gm, groups, scores=whole, saliency={"cosine": 1})
+
+
 def test_a_target_that_cannot_be_met_is_refused_before_any_training() -> None:
     with pytest.raises(PlanError, match=r"a ratio of 60\.0% cannot be reached"):
         made(*fresh(targets=ALL[:4]), ratio=0.6)

@@ -90,6 +90,11 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
     _, other = made(periods=2)
     with pytest.raises(UsageError, match="the state was taken with periods=3, and this optimizer has periods=2"):
         other.load_state_dict(state)
+    _, weighed = made(scores={name: torch.ones(group.size) for name, group in optimizer.groups.items()})
+    with pytest.raises(
+        UsageError, match=r"the state was taken with saliency=\{.*\}, and this optimizer has saliency='scores \w{16}'"
+    ):
+        weighed.load_state_dict(state)
     _, bare = made(None)
     with pytest.raises(UsageError, match=r"the state is of another model \(fingerprint \w+, this model has \w+\)"):
         bare.load_state_dict(state)

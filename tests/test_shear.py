@@ -202,6 +202,33 @@ def test_the_ablations(files: list[str], tmp_path: Path) -> None:
     assert report.tokens["total"] - report.tokens["recovery"] == pytest.approx(1200, rel=0.25)
 
 
+def test_units_ranked_by_a_criterion(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scored once, on text of every source of the first stage, and kept: the same after a kill."""
+    real, calls = fxprune.score, list[Any]()
+
+    def watched(gm: Any, groups: Any, criterion: str, **options: Any) -> dict[str, Tensor]:
+        calls.append((criterion, [tuple(b["input_ids"].shape) for b in options["calibration"]]))
+        return real(gm, groups, criterion, **options)
+
+    monkeypatch.setattr(parts, "score", watched)
+    options: dict[str, Any] = {"criterion": "taylor1", "criterion_samples": 10, "protect_share": 0, "shear_share": 1, "steps": 6}
+    with pytest.raises(Killed):
+        sheared(tmp_path / "out", files[:2], progress=killed_at("shearing", 3), **options)
+    scores = load_file(tmp_path / "out.shearing" / "scores.safetensors")
+    result = sheared(tmp_path / "out", files[:2], **options)
+    assert calls == [("taylor1", [(8, 20), (2, 20)])]
+    gone = result.plan.removed()
+    assert gone
+    for name, units in gone.items():
+        if name.endswith("ffn"):
+            assert sorted(units.tolist()) == sorted(scores[name].argsort()[: len(units)].tolist())
+    assert result.plan.recipe["criterion"] == result.report.settings["criterion"] == "taylor1"
+    assert result.report.seconds["importance"] >= 0
+    other = sheared(tmp_path / "other", files[:2], **{**options, "criterion": "saliency"})
+    assert other.plan.diff(result.plan)
+    assert os.listdir(tmp_path / "out") == os.listdir(tmp_path / "other")
+
+
 def test_constraints_hold_at_the_end(files: list[str], tmp_path: Path) -> None:
     """And where they put the target out of reach by more than a thousandth, the report says so."""
     result = sheared(

@@ -76,6 +76,8 @@ def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"shear_share": 0}, "shear_share is 0, and nothing would be sheared: to recover a pruned model, use fxprune recover"),
         ({"warmup_share": 1}, "warmup_share is 1, and no step would be left to shear in"),
         ({"protect_share": 1.5}, "protect_share must be a number between 0 and 1, got 1.5"),
+        ({"criterion": "taylr1"}, "unknown criterion 'taylr1'; did you mean 'taylor1'?"),
+        ({"criterion_samples": 0}, "criterion_samples must be a whole number of at least 1, got 0"),
         ({"periods": 0}, "periods must be a whole number of at least 1, got 0"),
         ({"knowledge_length": 1}, "knowledge_length must be a whole number of at least 2, got 1"),
         ({"knowledge_length": 64, "knowledge_samples": 0}, "knowledge_samples must be a whole number of at least 1, got 0"),

@@ -5,7 +5,8 @@
 
 ``llm-pruner`` prunes by LLM-Pruner's recipe and trains on all the tokens afterwards, through the same stages of sources with fixed
 weights, with the same settings of adapters. ``lorashear`` is the recipe of that name: shearing counts as training. Of the others
-``no-knowledge`` protects nothing, ``one-shot`` takes all units at once after the warm-up, ``static`` recovers with fixed weights.
+``no-knowledge`` protects nothing, ``one-shot`` takes all units at once after the warm-up, ``static`` recovers with fixed weights;
+``kfac`` and ``taylor1`` rank units by importance measured on text before anything is trained, in place of the paper's saliency.
 No stage of recovery ends early, so that all rows read the same number of tokens. A run that was cut off goes on where it was, with
 ``--work DIR`` also within a row.
 """
@@ -34,6 +35,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "no-knowledge": {"protect_share": 0.0},
     "one-shot": {"one_shot": True},
     "static": {"curriculum": "static"},
+    "kfac": {"criterion": "kfac"},
+    "taylor1": {"criterion": "taylor1"},
 }
 """What each row changes in the recipe ``lorashear``."""
 

@@ -20,7 +20,7 @@ from .recover import overrides_of, show_curriculum
 
 FLAGS = (
     *("kinds", "widths", "protect_first", "protect_last", "protect", "multiple", "floor", "protect_share"),
-    *("shear_share", "periods", "one_shot", "projection", "curriculum", "rounds", "patience"),
+    *("shear_share", "periods", "one_shot", "projection", "criterion", "curriculum", "rounds", "patience"),
     *("samples", "rank", "lr", "batch_size", "micro_batch_size", "length", "cutoff", "seed"),
 )
 

@@ -64,6 +64,25 @@ def check_target(ratio: float | None, selection: Selection | None, protect: Sequ
     return selection
 
 
+def check_scores(scores: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Importance of the units of groups that LHSPG compares, float64 on the CPU.
+
+    Raises:
+        UsageError: A group has none, or other than one finite number of at least 0 for each unit.
+    """
+    found = {}
+    for name, size in sizes.items():
+        if name not in scores:
+            raise UsageError(f"scores= has nothing of group '{name}', which may lose units: score it too, or protect it")
+        own = scores[name].detach().double().cpu()
+        if own.shape != (size,):
+            raise UsageError(f"group '{name}' has {size} units, but its scores have shape {tuple(own.shape)}")
+        if not bool((own.isfinite() & (own >= 0)).all()):
+            raise UsageError(f"the scores of group '{name}' must be finite and at least 0")
+        found[name] = own
+    return found
+
+
 def parameters_of(gm: GraphModule, groups: Groups) -> dict[str, Tensor]:
     """Every parameter of a graph by name.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast, overload
 
@@ -14,9 +15,9 @@ from ..groups import Groups
 from ..passes.selection import Selection, lanes_of, select
 from ..plan import PrunePlan
 from .adapters import factors_of, find_adapters, refuse_unknown
-from .arguments import check_settings, check_target, parameters_of, refuse_sharded, trained_by
+from .arguments import check_scores, check_settings, check_target, parameters_of, refuse_sharded, trained_by
 from .projection import Redundant, Slice
-from .saliency import CRITERIA, check_weights, moments, saliency
+from .saliency import CRITERIA, by_parameter, check_weights, moments, saliency
 from .units import Part, Structure, find_structures, without_adapters
 
 STATE = "lhspg"
@@ -51,6 +52,8 @@ class LHSPG(torch.optim.Optimizer):
         penalty: The ``lambda`` of the half-space step.
         epsilon: The ``eps`` of the half-space test, in [0, 1).
         saliency: Weights of the criteria (see `fxprune.lorashear.saliency`).
+        scores: In place of saliency: importance of every unit, as `fxprune.score` returns it. What matters least by parameter goes
+            first.
 
     Attributes:
         inner: The wrapped optimizer.
@@ -81,10 +84,13 @@ class LHSPG(torch.optim.Optimizer):
         penalty: float = 1e-3,
         epsilon: float = 0.0,
         saliency: Mapping[str, float] | None = None,
+        scores: Mapping[str, Tensor] | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UsageError(f"expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}")
         self._settings = check_settings(warmup, periods, period_steps, projection, penalty, epsilon)
+        if scores is not None and saliency is not None:
+            raise UsageError("scores= stand in place of saliency: leave saliency= out")
         self._weights = check_weights(dict.fromkeys(CRITERIA, 1.0) if saliency is None else saliency)
         self._selection = check_target(ratio, selection, protect)
         refuse_sharded(optimizer, gm)
@@ -103,6 +109,7 @@ class LHSPG(torch.optim.Optimizer):
         self._bare = without_adapters(groups, self._structures, self.left_out, factors)
         compared = {name for names in lanes_of(self._bare, self._selection).values() for name in names}
         self._structures = {name: structure for name, structure in self._structures.items() if name in compared}
+        self._scores = None if scores is None else check_scores(scores, {n: s.group.size for n, s in self._structures.items()})
         select(self._bare, {n: torch.ones(s.group.size) for n, s in self._structures.items()}, self._selection)  # can it be met?
         self._step = 0
         self._gone: dict[str, Tensor] = {}
@@ -180,7 +187,7 @@ class LHSPG(torch.optim.Optimizer):
             **self._selection.to_json(),
             "optimizer": "lhspg",
             **self._settings,
-            "saliency": self._weights,
+            "saliency": self._ranked(),
             "steps": self._step,
             "removed": round(self._removed(zero), 6),
         }
@@ -207,7 +214,7 @@ class LHSPG(torch.optim.Optimizer):
             for name, own in self._active.items()
         }
         own = {
-            "settings": {**self._settings, "selection": self._selection.to_json(), "saliency": dict(self._weights)},
+            "settings": {**self._settings, "selection": self._selection.to_json(), "saliency": self._ranked()},
             "fingerprint": self.groups.fingerprint(),
             "step": self._step,
             "zero": {name: units.clone() for name, units in self._gone.items()},
@@ -235,7 +242,7 @@ class LHSPG(torch.optim.Optimizer):
                 f"the state is of another model (fingerprint {own['fingerprint']}, this model has {self.groups.fingerprint()}): "
                 "parameter names or shapes differ"
             )
-        mine = {**self._settings, "selection": self._selection.to_json(), "saliency": dict(self._weights)}
+        mine = {**self._settings, "selection": self._selection.to_json(), "saliency": self._ranked()}
         for name, value in own["settings"].items():
             if mine.get(name) != value:
                 raise UsageError(f"the state was taken with {name}={value!r}, and this optimizer has {name}={mine.get(name)!r}")
@@ -274,10 +281,14 @@ class LHSPG(torch.optim.Optimizer):
 
     def _choose(self, share: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(the units to go next, the saliency of all): the least salient that the selection takes, up to a share of its target."""
-        found = {name: moments(structure, self._tensors) for name, structure in self._structures.items()}
-        values = saliency(found, self._weights, self._gone)
-        # A selection divides by the parameters that go with a unit; here saliency alone ranks.
-        scores = {name: value * self._bare[name].parameters_per_unit for name, value in values.items()}
+        per_unit = {name: self._bare[name].parameters_per_unit for name in self._structures}
+        if self._scores is None:
+            found = {name: moments(structure, self._tensors) for name, structure in self._structures.items()}
+            values = saliency(found, self._weights, self._gone)
+        else:
+            values = by_parameter(self._scores, per_unit, self._gone)
+        # A selection divides by the parameters that go with a unit: what ranks is the values.
+        scores = {name: value * per_unit[name] for name, value in values.items()}
         chosen = select(self._bare, scores, self._selection).removed()
         fresh = [
             (value, name, unit)
@@ -295,6 +306,13 @@ class LHSPG(torch.optim.Optimizer):
             else:
                 high = middle - 1
         return _gathered(fresh[:low]), values
+
+    def _ranked(self) -> dict[str, float] | str:
+        """What ranks units, as plain data: the weights of saliency, or which scores were given."""
+        if self._scores is None:
+            return dict(self._weights)
+        digest = hashlib.sha256(b"".join(name.encode() + own.numpy().tobytes() for name, own in sorted(self._scores.items())))
+        return f"scores {digest.hexdigest()[:16]}"
 
     def _removed(self, units: Mapping[str, Tensor]) -> float:
         """The share of the base model's parameters that goes with units."""

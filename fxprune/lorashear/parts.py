@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -18,12 +19,14 @@ from ..api import PruneResult, example_inputs, prune
 from ..capture import trace
 from ..checkpoint.eager import call
 from ..data import Batches
-from ..errors import FxPruneError, PlanError, UsageError, VerificationError
+from ..errors import CheckpointError, FxPruneError, PlanError, UsageError, VerificationError
+from ..files import write_whole
 from ..groups import Groups, PruneGroup
 from ..knowledge import Knowledge
 from ..mode import quiet, without_cache
 from ..passes.batches import Progress
 from ..passes.dependency import groups_of
+from ..passes.importance import score
 from ..passes.knowledge import measure_knowledge
 from ..passes.selection import Selection, lanes_of, select
 from ..passes.verify import relative_error
@@ -35,7 +38,7 @@ from ..recovery.state import StateDirectory
 from .adapters import factors_of, find_adapters
 from .budget import Schedule
 from .lhspg import LHSPG
-from .settings import Shearing
+from .settings import SALIENCY, Shearing
 from .training import ShearTraining
 from .windows import windows
 from .work import WorkDirectory
@@ -84,9 +87,10 @@ class Parts:
         gm = trace(student, example_inputs(student))
         return student, gm, groups_of(gm)
 
-    def lhspg(self, optimizer: torch.optim.Optimizer, selection: Selection) -> LHSPG:
-        """LHSPG around the adapters' optimizer."""
+    def lhspg(self, optimizer: torch.optim.Optimizer, selection: Selection, scores: Mapping[str, Tensor] | None = None) -> LHSPG:
+        """LHSPG around the adapters' optimizer; scores are those of the groups of the model without adapters."""
         _, gm, groups = self.adapted
+        names = {} if scores is None else self._adapted_names()
         settings, schedule = self.settings, self.schedule
         return LHSPG(
             optimizer,
@@ -99,7 +103,8 @@ class Parts:
             projection=settings.projection,
             penalty=settings.penalty,
             epsilon=settings.epsilon,
-            saliency=settings.saliency,
+            saliency=settings.saliency if scores is None else None,
+            scores=None if scores is None else {names[name]: own for name, own in scores.items() if name in names},
         )
 
     def _trial(self, protect: Sequence[str] = ()) -> LHSPG:
@@ -146,7 +151,34 @@ class Parts:
     def _windows(self) -> tuple[list[dict[str, Tensor]], str]:
         settings = self.settings
         held = self.run.data.stages[0].held
-        return windows(held, samples=settings.knowledge_samples, length=settings.knowledge_length)
+        return windows(held, samples=settings.knowledge_samples, length=settings.knowledge_length, held=True)
+
+    def weigh(self) -> dict[str, Tensor] | None:
+        """Importance of the units by the criterion, measured only if it was not before; None where saliency ranks.
+
+        Raises:
+            UsageError: No source has text enough.
+            CheckpointError: The disk is full.
+        """
+        settings, file = self.settings, self.work.scores
+        if settings.criterion == SALIENCY:
+            return None
+        if not file.is_file():
+            gm, groups = self.bare
+            stage = self.run.data.stages[0].train
+            texts = {name: stage.select((stage.source == i).nonzero().flatten().tolist()) for i, name in enumerate(stage.names)}
+            batches, _ = windows(texts, samples=settings.criterion_samples, length=settings.knowledge_length, held=False)
+            options: dict[str, Any] = {"calibration": batches, "seed": settings.training.seed, "progress": self.progress}
+            found = score(gm, groups, settings.criterion, **options)
+            write_whole(file, save(found), called="the scores", error=CheckpointError)
+        return load_file(file)
+
+    def _adapted_names(self) -> dict[str, str]:
+        """For each group of the model without adapters the name of the same one with them."""
+        _, gm, groups = self.adapted
+        factors = factors_of(find_adapters(gm))
+        theirs = {_key(group, factors): name for name, group in groups.items()}
+        return {name: theirs[key] for name, group in self.bare[1].items() if (key := _key(group, frozenset())) in theirs}
 
     def _kinds(self, knowledge: Knowledge | None = None) -> list[str]:
         """Kinds that LHSPG may take units of; of knowledge, those that were measured."""
@@ -182,8 +214,13 @@ class Parts:
         self._reachable(protected)
         return found, protected, seconds
 
-    def train(self, protect: Sequence[str]) -> ShearTraining:
-        """Run LHSPG to its end, from where its state is."""
+    def train(self, protect: Sequence[str], scores: Mapping[str, Tensor] | None) -> ShearTraining:
+        """Run LHSPG to its end, from where its state is.
+
+        Args:
+            protect: Names that stay whole.
+            scores: As `weigh` returned them.
+        """
         run, settings = self.run, self.run.settings
         student, _, _ = self.adapted
         teacher = self.dense.to(run.world.device) if settings.distils else None
@@ -193,7 +230,7 @@ class Parts:
             parts = (student, student, teacher, self.batches, None, run.fit(student, self.schedule.steps), run.world, state)
             selection = self.settings.selection(self.ratio, protect)
             training = ShearTraining(
-                *parts, self.progress, wrap=lambda optimizer: self.lhspg(optimizer, selection), schedule=self.schedule
+                *parts, self.progress, wrap=lambda optimizer: self.lhspg(optimizer, selection, scores), schedule=self.schedule
             )
             with without_cache(student), nullcontext() if teacher is None else quiet(teacher):
                 if teacher is not None:
@@ -216,7 +253,7 @@ class Parts:
         Raises:
             VerificationError: What goes is not exactly zero, or the pruned model computes something else.
         """
-        student, gm, groups = self.adapted
+        student, _, _ = self.adapted
         inputs = example_inputs(student)
         with quiet(student), torch.no_grad():
             expected = call(student, inputs)
@@ -225,7 +262,7 @@ class Parts:
             whole = merged(self.copied, training.result(), self.run.settings)
             for parameter, other in zip(self.copied.parameters(), whole.parameters(), strict=True):
                 parameter.data = other.data
-        plan = self._plan(training.lhspg, gm, groups, recipe)
+        plan = self._plan(training.lhspg, recipe)
         zeros = _zeros(self.copied, self.bare[1], plan)
         result = prune(self.copied, plan=plan, graph=self.bare[0], tokenizer=self.run.subject.tokenizer)
         assert result.model is not None
@@ -235,10 +272,9 @@ class Parts:
         verified = None if report.verify is None else report.verify.to_json()
         return result, {"zeros": zeros, "verify": verified, "eager_error": report.eager_error, "merged_error": error}
 
-    def _plan(self, lhspg: LHSPG, gm: GraphModule, groups: Groups, recipe: Mapping[str, Any]) -> PrunePlan:
+    def _plan(self, lhspg: LHSPG, recipe: Mapping[str, Any]) -> PrunePlan:
         """The plan of the model without adapters: its groups are the same, but for theirs."""
-        factors = factors_of(find_adapters(gm))
-        bare = {_key(group, frozenset()): name for name, group in self.bare[1].items()}
+        bare = {theirs: name for name, theirs in self._adapted_names().items()}
         made = dict(lhspg.plan().recipe)
         removed = float(made["removed"])
         if abs(removed - self.ratio) > 1e-3:
@@ -246,7 +282,7 @@ class Parts:
             made["note"] = note
             self.notes.append(note)
         try:
-            gone = {bare[_key(groups[name], factors)]: units for name, units in lhspg.zero.items()}
+            gone = {bare[name]: units for name, units in lhspg.zero.items()}
         except KeyError as error:
             raise FxPruneError("the groups of the model with adapters are not those of the model without") from error
         return PrunePlan.from_removed(self.bare[1], gone, recipe={**made, **recipe})

@@ -190,14 +190,22 @@ class _Shearing:
         if "begun" not in work.stages:
             parts.rehearse(self.knowledge)
             work.record("begun", {})
+        start = time.perf_counter()
+        scores = parts.weigh()
+        weighing = round(time.perf_counter() - start, 3)
         knowledge, protect, measuring = None, tuple[str, ...](), 0.0
         if parts.settings.protect_share:
             knowledge, protect, measuring = parts.measure(self.knowledge)
-        training = parts.train(protect)
+        training = parts.train(protect, scores)
         start = time.perf_counter()
-        result, exact = parts.remove(training, {"recipe": self.name, "protected": list(protect)})
+        of = {"recipe": self.name, "criterion": parts.settings.criterion, "protected": list(protect)}
+        result, exact = parts.remove(training, of)
         report = result.report
-        seconds = {"knowledge": measuring, "lhspg": round(training.position.seconds, 3)}
+        seconds = {
+            **({} if scores is None else {"importance": weighing}),
+            "knowledge": measuring,
+            "lhspg": round(training.position.seconds, 3),
+        }
         seconds["prune"] = round(time.perf_counter() - start, 3)
         found = ShearReport(
             recipe=self.name,

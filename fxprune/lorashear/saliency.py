@@ -106,9 +106,7 @@ def saliency(
     Raises:
         FxPruneError: A sum is not finite.
     """
-    stays = {name: torch.ones(len(m.square), dtype=torch.bool) for name, m in found.items()}
-    for name, units in (gone or {}).items():
-        stays[name][units] = False
+    stays = _staying({name: len(m.square) for name, m in found.items()}, gone)
     total = {name: torch.zeros_like(m.square) for name, m in found.items()}
     for criterion, weight in weights.items():
         values = {name: measure(m, criterion) for name, m in found.items()}
@@ -118,8 +116,38 @@ def saliency(
         if norm:
             for name, value in values.items():
                 total[name] += weight * value / norm
-    lowest = -1 - sum(weights.values()) * len(found)
-    return {name: torch.where(stays[name], value, lowest) for name, value in total.items()}
+    return _lowered(total, stays, sum(weights.values()) * len(found))
+
+
+def by_parameter(
+    scores: Mapping[str, Tensor], per_unit: Mapping[str, float], gone: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Importance by parameter, in place of saliency.
+
+    Args:
+        scores: Of each unit of every group that is compared, at least 0.
+        per_unit: How many parameters go with a unit of each group.
+        gone: As for `saliency`.
+
+    Returns:
+        As `saliency`.
+    """
+    values = {name: own.double() / per_unit[name] for name, own in scores.items()}
+    most = sum(float(value.max()) for value in values.values())
+    return _lowered(values, _staying({name: len(value) for name, value in values.items()}, gone), most)
+
+
+def _staying(sizes: Mapping[str, int], gone: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """For each group which units are compared."""
+    stays = {name: torch.ones(size, dtype=torch.bool) for name, size in sizes.items()}
+    for name, units in (gone or {}).items():
+        stays[name][units] = False
+    return stays
+
+
+def _lowered(values: Mapping[str, Tensor], stays: Mapping[str, Tensor], most: float) -> dict[str, Tensor]:
+    """The values, and for units that are gone a number so far below 0 that ``most`` (of a sum over groups) does not outweigh it."""
+    return {name: torch.where(stays[name], value, -1 - most) for name, value in values.items()}
 
 
 def measure(m: Moments, criterion: str) -> Tensor:

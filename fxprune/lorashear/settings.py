@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ..criteria import CRITERIA
 from ..data import Sources
 from ..errors import UsageError, nearest
 from ..groups import LAYERS
@@ -17,6 +18,9 @@ from ..recovery.curriculum import Curriculum
 from ..recovery.settings import FREE, Recovery, settings_of
 from .arguments import check_settings, check_target
 from .saliency import check_weights
+
+SALIENCY = "saliency"
+"""The criterion that is LHSPG's own."""
 
 INSTEAD = {
     "max_tokens": "tokens",
@@ -55,6 +59,9 @@ class Shearing:
         penalty: See there.
         epsilon: See there.
         saliency: Weights of the criteria; names alone weigh 1 each.
+        criterion: What ranks units: ``saliency`` (the paper's), or one of `fxprune.criteria.CRITERIA`, measured once on text of the
+            first stage before anything is trained.
+        criterion_samples: Windows of that text, of ``knowledge_length`` tokens.
         curriculum: Weights of recovery's sources, ``dynamic`` or ``static``; see `fxprune.Curriculum`.
         rounds: Of each stage of recovery.
         source_floor: ``floor`` of the curriculum.
@@ -83,6 +90,8 @@ class Shearing:
     penalty: float
     epsilon: float
     saliency: Mapping[str, float]
+    criterion: str
+    criterion_samples: int
     curriculum: str
     rounds: int
     source_floor: float
@@ -95,7 +104,7 @@ class Shearing:
         if isinstance(self.saliency, str) or not isinstance(self.saliency, Mapping):
             names = [self.saliency] if isinstance(self.saliency, str) else list(self.saliency)
             object.__setattr__(self, "saliency", dict.fromkeys(names, 1.0))
-        for name in ("protect_first", "protect_last", "knowledge_samples", "knowledge_length", "periods"):
+        for name in ("protect_first", "protect_last", "knowledge_samples", "knowledge_length", "criterion_samples", "periods"):
             least = {"knowledge_length": 2}.get(name, 0 if name.startswith("protect") else 1)
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -112,6 +121,8 @@ class Shearing:
             raise UsageError(f"one_shot must be True or False, got {self.one_shot!r}")
         check_settings(0, self.periods, 1, self.projection, self.penalty, self.epsilon)
         check_weights(self.saliency)
+        if self.criterion != SALIENCY and self.criterion not in CRITERIA:
+            raise UsageError(f"unknown criterion '{self.criterion}'; {nearest(str(self.criterion), (SALIENCY, *CRITERIA))}")
         check_options(kinds=None, share=1.0, take="least", by=self.knowledge_by)
         if self.protect_share and self.widths == "uniform":
             raise UsageError(

@@ -55,6 +55,11 @@ class WorkDirectory:
         return self.path / "knowledge.json"
 
     @property
+    def scores(self) -> Path:
+        """Importance of units, where a criterion measured it."""
+        return self.path / "scores.safetensors"
+
+    @property
     def lhspg(self) -> Path:
         """The state of LHSPG."""
         return self.path / "lhspg"
