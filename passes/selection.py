@@ -438,9 +438,12 @@ def _steps(groups: Groups, lanes: Sequence[Lane], chosen: Selection, scores: Map
         if chosen.ranking == "standardised":
             density = _standardised(lane, scores)[gone - 1]
         else:
-            removed = _importance(lane, scores) if chosen.ranking == "global" else _measured(lane, curves or {})
             cost = sum(groups[n].parameters_per_unit for n in lane.names)
-            density = np.diff(removed[gone], prepend=0.0) / (np.diff(gone, prepend=0) * cost)
+            if chosen.ranking == "global":
+                removed = _importance(lane, scores, gone)
+            else:
+                removed = np.diff(_measured(lane, curves or {})[gone], prepend=0.0)
+            density = removed / (np.diff(gone, prepend=0) * cost)
             if chosen.ranking == "measured":  # units before a curve's first point are gone already: they go first
                 density[gone <= min(points[0][0] for points in _curves_of(lane, curves or {}))] = -np.inf
         density = np.where(density < 0, density * pace, density / pace)
@@ -455,9 +458,11 @@ def _rising(lane: Lane, scores: Mapping[str, Tensor]) -> list[Tensor]:
     return [scores[n].double().cpu().sort().values for n in lane.names]
 
 
-def _importance(lane: Lane, scores: Mapping[str, Tensor]) -> npt.NDArray[np.float64]:
-    """The importance that goes with the first 0, 1, 2, ... units of each of the lane's groups."""
-    return np.append(0.0, torch.stack(_rising(lane, scores)).sum(0).numpy().cumsum())
+def _importance(lane: Lane, scores: Mapping[str, Tensor], gone: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """The importance that goes with each step; not the difference of two long sums, in which small scores would be lost."""
+    each: npt.NDArray[np.float64] = torch.stack(_rising(lane, scores)).sum(0).numpy()
+    found: npt.NDArray[np.float64] = np.add.reduceat(each[: gone.max(initial=0)], np.append(0, gone)[:-1])
+    return found
 
 
 def _standardised(lane: Lane, scores: Mapping[str, Tensor]) -> npt.NDArray[np.float64]:

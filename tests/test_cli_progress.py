@@ -36,3 +36,20 @@ def test_what_goes_on_after_a_restart_counts_from_where_it_was(clock: list[float
         advance("sensitivity", 95, 100)
         advance("perplexity", 1, 2)
     assert capsys.readouterr().err == "sensitivity: 95 of 100, 40 s left\n"
+
+
+def test_what_is_done_once_more_counts_from_then(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with common.progress() as advance:
+        for begin in (0, 3600):
+            clock[0] += begin
+            for done in range(4):
+                advance("measuring all sources (news)", done, 4)
+                clock[0] += 40
+    lines = [line.rpartition(", ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "120 s left",
+        "80 s left",
+        "40 s left",
+        "measuring all sources (news): 0 of 4",
+        *("120 s left", "80 s left", "40 s left"),
+    ]

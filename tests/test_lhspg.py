@@ -171,6 +171,26 @@ def test_uniform_widths() -> None:
     assert optimizer.history[-1]["removed"] == pytest.approx(0.15, abs=144 / bare_total(model))
 
 
+@pytest.mark.parametrize("widths", ["per-layer", "uniform"])
+def test_the_unit_of_scores_does_not_matter(widths: str) -> None:
+    """Not beside units that are gone either: after three periods they are those that one selection takes."""
+    found = []
+    for factor in (1.0, 1e-18):
+        model, gm, groups = fresh()
+        drawn = torch.Generator().manual_seed(0)
+        each = {n: torch.rand(g.size, generator=drawn, dtype=torch.float64) ** 4 * g.parameters_per_unit for n, g in groups.items()}
+        scores = {name: own * factor for name, own in each.items()}
+        chosen = Selection(ratio=0.2, kinds=("kv_heads", "ffn"), ranking="global", widths=widths)
+        options: dict[str, Any] = {"warmup": 0, "periods": 3, "period_steps": 1, "scores": scores}
+        optimizer = LHSPG(torch.optim.AdamW(trained(model), lr=5e-3), gm, groups, selection=chosen, **options)
+        train(model, optimizer, 3)
+        found.append(optimizer.zero)
+        bare = fresh(targets=None)[2]
+        once = fxprune.select(bare, {n.removeprefix("base_model.model."): s for n, s in scores.items()}, chosen).removed()
+        assert same({n.removeprefix("base_model.model."): units for n, units in optimizer.zero.items()}, once)
+    assert same(*found)
+
+
 def test_given_scores_stand_in_place_of_saliency() -> None:
     """What matters least by parameter goes, least first."""
     model, gm, groups = fresh()

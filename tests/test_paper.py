@@ -368,7 +368,7 @@ def test_texts_that_lack(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert call(criteria.main, place, tmp_path / "o.json", *TWO) == 1
     assert "'o.json' holds no results of this kind; name another file with --output" in capsys.readouterr().err
     (data / "c4_sample.jsonl.gz").write_bytes(gzip.compress(b'{"text": "w1 w2"}\n' * 9))
-    with pytest.raises(UsageError, match=r"c4_sample.jsonl.gz has 1500 pages or fewer: none is left to evaluate on"):
+    with pytest.raises(UsageError, match=r"c4_sample.jsonl.gz has 1500 rows or fewer: none is left to evaluate on"):
         _ = Data.of(str(data)).evaluation
 
 

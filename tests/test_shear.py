@@ -31,7 +31,7 @@ from .closeness import relative
 from .curricula import dense, write_sources
 from .recovering import write_instructions
 from .shearing import sheared, traced_once
-from .zoo import tokenizer, tokens
+from .zoo import build, tokenizer, tokens
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +215,7 @@ def test_units_ranked_by_a_criterion(files: list[str], tmp_path: Path, monkeypat
     with pytest.raises(Killed):
         sheared(tmp_path / "out", files[:2], progress=killed_at("shearing", 3), **options)
     scores = load_file(tmp_path / "out.shearing" / "scores.safetensors")
+    measured = WorkDirectory(tmp_path / "out").stages["importance"]["seconds"]
     result = sheared(tmp_path / "out", files[:2], **options)
     assert calls == [("taylor1", [(8, 20), (2, 20)])]
     gone = result.plan.removed()
@@ -223,10 +224,30 @@ def test_units_ranked_by_a_criterion(files: list[str], tmp_path: Path, monkeypat
         if name.endswith("ffn"):
             assert sorted(units.tolist()) == sorted(scores[name].argsort()[: len(units)].tolist())
     assert result.plan.recipe["criterion"] == result.report.settings["criterion"] == "taylor1"
-    assert result.report.seconds["importance"] >= 0
+    assert result.report.seconds["importance"] == measured > 0
     other = sheared(tmp_path / "other", files[:2], **{**options, "criterion": "saliency"})
     assert other.plan.diff(result.plan)
     assert os.listdir(tmp_path / "out") == os.listdir(tmp_path / "other")
+
+
+def test_a_criterion_that_reads_no_text(files: list[str], tmp_path: Path) -> None:
+    """It is not refused for want of windows, though no source could give one."""
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "w1 w2 w3"}\n' * 12)
+    options: dict[str, Any] = {"criterion": "l2", "knowledge_length": 64, "protect_share": 0, "shear_share": 1, "steps": 6}
+    result = sheared(tmp_path / "out", str(short), **options)
+    gm = fxprune.trace(dense(), example_inputs(dense()))
+    scores = fxprune.score(gm, fxprune.find_groups(gm), "l2")
+    for name, units in result.plan.removed().items():
+        assert sorted(units.tolist()) == sorted(scores[name].argsort()[: len(units)].tolist())
+
+
+def test_heads_of_a_fused_projection(files: list[str], tmp_path: Path) -> None:
+    """Heads and the dimensions of heads lie in the same parameters, and one is not taken for the other."""
+    options: dict[str, Any] = {"kinds": ["kv_heads"], "protect_share": 0, "shear_share": 1, "steps": 6, "ratio": 0.1}
+    result = sheared(tmp_path / "out", files[0], model=build("gpt2"), criterion="kfac", criterion_samples=8, **options)
+    assert {name.rpartition(".")[2] for name in result.plan.removed()} == {"kv_heads"}
+    assert result.report.removed == pytest.approx(0.1, abs=0.02)
 
 
 def test_constraints_hold_at_the_end(files: list[str], tmp_path: Path) -> None:

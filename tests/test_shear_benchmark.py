@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import fxprune
-from benchmarks.paper import lorashear
+from benchmarks.paper import common, lorashear
 from benchmarks.paper.bench import Bench
 from fxprune.lorashear import parts
 
@@ -33,6 +33,12 @@ SET = (
     "--set",
     *("cutoff=24", "length=24", "batch_size=3", "rank=2", "periods=2", "rounds=1", "knowledge_length=16", "knowledge_samples=2"),
 )
+
+
+@pytest.fixture(autouse=True)
+def short_books(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last 8 of 30 paragraphs are for evaluation."""
+    monkeypatch.setitem(common.HEADS, "books", 22)
 
 
 def test_rows_at_equal_tokens_that_go_on(
@@ -70,7 +76,7 @@ def test_rows_at_equal_tokens_that_go_on(
         assert row["removed"] == pytest.approx(0.05, abs=0.01)
         assert 1100 < row["tokens"]["total"] <= 1500
         assert [list(stage) for stage in row["recovery"]["curriculum"]["stages"]][1] == ["alpaca.jsonl.gz"]
-        assert set(row["perplexity"]) == {"wikitext2", "ptb", "c4"}
+        assert set(row["perplexity"]) == {"wikitext2", "ptb", "c4", "books"}
     peer, ours, once = rows[1:]
     assert peer["tokens"]["shearing"] == 0 < ours["tokens"]["shearing"]
     assert peer["recovery"]["curriculum"]["weights"] == "static"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,14 @@ def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"knowledge_length": 64, "knowledge_samples": 0}, "knowledge_samples must be a whole number of at least 1, got 0"),
         ({"knowledge_length": 400}, "the model reads at most 64 tokens, and knowledge_length is 400: lower it"),
         ({"knowledge_length": 64, "validation_samples": 1}, "knowledge is measured on held-out text, and no source has 64 tokens"),
+        (
+            {"knowledge_length": 400, "protect_share": 0, "criterion": "taylor1"},
+            "the model reads at most 64 tokens, and knowledge_length is 400: lower it",
+        ),
+        (
+            {"data": "short.jsonl", "knowledge_length": 64, "protect_share": 0, "criterion": "taylor1", "steps": 8},
+            "importance is measured on windows of 64 tokens, and no source has so many (at most ",
+        ),
         ({"knowledge_by": "accuracy"}, "unknown measure 'accuracy'"),
         ({"one_shot": 1}, "one_shot must be True or False, got 1"),
         ({"projection": "halfspace"}, "unknown projection 'halfspace'; did you mean 'half-space'?"),
@@ -112,12 +121,13 @@ def test_what_is_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "few.jsonl").write_text('{"text": "w1 w2 w3"}\n' * 3)
+    (tmp_path / "short.jsonl").write_text('{"text": "w1 w2 w3"}\n' * 12)
     given = {"data": files[0], **changes}
     data = given.pop("data").format(*files)
     with pytest.raises(UsageError) as caught:
         sheared(tmp_path / "out", data, **given)
     assert said in str(caught.value)
-    assert sorted(os.listdir(tmp_path)) == ["empty.jsonl", "few.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["empty.jsonl", "few.jsonl", "short.jsonl"]
 
 
 def test_knowledge_that_protects_nothing(files: tuple[str, str], tmp_path: Path) -> None:
@@ -143,6 +153,18 @@ def test_a_ratio_out_of_reach(files: tuple[str, str], tmp_path: Path) -> None:
         sheared(tmp_path / "out", files[0], ratio=0.2, protect_share=1, knowledge=found)
     with pytest.raises(PlanError, match=r"^a ratio of 40\.0% cannot be reached"):
         sheared(tmp_path / "out", files[0], ratio=0.4, targets="q_proj,k_proj,v_proj,o_proj")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_criterion_that_says_nothing_of_what_may_go(files: tuple[str, str], tmp_path: Path) -> None:
+    """The dimensions that queries and keys share are multiplied with each other: no linear map reads them."""
+    options: dict[str, Any] = {"model": build("gpt2"), "kinds": ["head_dim"], "ratio": 0.05, "protect_share": 0}
+    with pytest.raises(UsageError) as caught:
+        sheared(tmp_path / "out", files[0], criterion="kfac", **options)
+    assert str(caught.value) == (
+        "criterion 'kfac' looks at what linear maps read, and none contracts the units of 'transformer.h.0.attn.c_attn.head_dim': "
+        "leave kind 'head_dim' out, or take another criterion, such as taylor1"
+    )
     assert not os.listdir(tmp_path)
 
 
@@ -296,6 +318,28 @@ def test_settings_from_a_file_and_as_typed(tmp_path: Path) -> None:
 def test_how_the_steps_are_divided(budget: dict[str, int], changes: dict[str, Any], expected: tuple[int, ...]) -> None:
     found = make_schedule(Budget(**budget), settle(None, changes), 100.0, 2)
     assert (found.steps, found.warmup, found.periods, found.period_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "least"),
+    [
+        ({}, 16),  # 0.3 of them are 5, one of which is warm-up
+        ({"shear_share": 1}, 5),
+        ({"shear_share": 0.99}, 150),
+        ({"shear_share": 1e-9}, 4_500_000_001),
+        ({"warmup_share": 0.999_999_9}, 116_666_669),
+    ],
+)
+def test_the_least_budget(changes: dict[str, Any], least: int) -> None:
+    """It is said at once, it is enough, and one step less is not."""
+    settings = settle(None, changes)
+    with pytest.raises(UsageError, match=r"give at least \d+ steps") as caught:
+        make_schedule(Budget(steps=1), settings, 100.0, 2)
+    (said,) = map(int, re.findall(r"give at least (\d+) steps", str(caught.value)))
+    assert said == least
+    make_schedule(Budget(steps=said), settings, 100.0, 2)
+    with pytest.raises(UsageError):
+        make_schedule(Budget(steps=said - 1), settings, 100.0, 2)
 
 
 def test_what_a_step_is_for_and_what_is_left() -> None:

@@ -35,7 +35,7 @@ class Bench:
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments, self.data = arguments, Data.of(arguments.data)
+        self.arguments, self.data = arguments, Data.of(arguments.data, arguments.texts)
         self.data.check([arguments.calibration])
         torch.set_num_threads(arguments.threads)
         quiet_libraries()

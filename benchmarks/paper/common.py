@@ -26,10 +26,19 @@ from fxprune.reporting.blocks import table
 Row = dict[str, Any]
 
 PROTOCOL = PROTOCOLS[0]
-HEAD = 1500
-"""Pages of the C4 sample that may be calibrated or trained on; the rest is for evaluation."""
+HEADS = {"c4": 1500, "books": 14047}
+"""Rows of these files that may be calibrated or trained on: pages, and the paragraphs of all novels but the last. The rest is
+for evaluation."""
 
-EVALUATION = {"wikitext2": "wikitext2_raw_valid.txt.gz", "ptb": "ptb_valid.txt.gz", "c4": "c4_sample.jsonl.gz"}
+EVALUATION = {
+    "wikitext2": "wikitext2_raw_valid.txt.gz",
+    "ptb": "ptb_valid.txt.gz",
+    "c4": "c4_sample.jsonl.gz",
+    "books": "books.jsonl.gz",
+}
+TEXTS = ("wikitext2", "ptb", "c4")
+"""What experiments measure on unless they say otherwise."""
+
 TRAINING = {
     "c4": "c4_sample.jsonl.gz",
     "wikitext": "wikitext2_raw_train_first1MB.txt.gz",
@@ -55,7 +64,7 @@ def parser(doc: str | None, output: str) -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads (default: all cores)")
     made.add_argument("--output", type=Path, default=RESULTS / output, help="where the JSON goes (default: %(default)s)")
-    made.set_defaults(repeats=1)
+    made.set_defaults(repeats=1, texts=TEXTS)
     return made
 
 
@@ -91,19 +100,20 @@ class Data:
     """
 
     directory: Path
+    texts: Sequence[str] = TEXTS
     scratch: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="fxprune_paper_")), repr=False)
 
     def __post_init__(self) -> None:
         weakref.finalize(self, shutil.rmtree, self.scratch, ignore_errors=True)
 
     @classmethod
-    def of(cls, directory: str | None) -> Data:
-        """From the option ``--data``."""
+    def of(cls, directory: str | None, texts: Sequence[str] = TEXTS) -> Data:
+        """From the option ``--data``; the texts are those to evaluate on."""
         if not directory:
             raise UsageError("where are the texts? Pass --data DIR or set FXPRUNE_DATA; benchmarks/README.md says which files")
         if not Path(directory).is_dir():
             raise UsageError(f"there is no directory '{directory}' (--data)")
-        return cls(Path(directory))
+        return cls(Path(directory), texts)
 
     def file(self, name: str) -> Path:
         """A file of the directory; an unpacked one will do."""
@@ -112,23 +122,25 @@ class Data:
                 return path
         raise UsageError(f"'{self.directory}' (--data) holds no {name}")
 
-    def _pages(self, part: str, pages: slice) -> Path:
-        path = self.scratch / f"c4_{part}.jsonl"
+    def _rows(self, name: str, part: str) -> Path:
+        """The head of a file that is both trained and evaluated on, or what is left."""
+        path = self.scratch / f"{name}_{part}.jsonl"
         if not path.is_file():
-            found = list(read_texts(self.file(TRAINING["c4"])))[pages]
+            head = HEADS[name]
+            found = list(read_texts(self.file(TRAINING[name])))[slice(head) if part == "head" else slice(head, None)]
             if not found:
-                raise UsageError(f"{TRAINING['c4']} has {HEAD} pages or fewer: none is left to evaluate on")
+                raise UsageError(f"{TRAINING[name]} has {head} rows or fewer: none is left to evaluate on")
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in found))
         return path
 
     def training(self, name: str) -> Path:
-        """A text to calibrate or train on; of C4 the first pages only."""
-        return self._pages("head", slice(HEAD)) if name == "c4" else self.file(TRAINING[name])
+        """A text to calibrate or train on; of C4 and books the first rows only."""
+        return self._rows(name, "head") if name in HEADS else self.file(TRAINING[name])
 
     @functools.cached_property
     def evaluation(self) -> dict[str, Path]:
-        """The texts to measure perplexity on; of C4 the last pages only."""
-        return {n: self._pages("tail", slice(HEAD, None)) if n == "c4" else self.file(f) for n, f in EVALUATION.items()}
+        """The texts to measure perplexity on; of C4 and books the last rows only."""
+        return {n: self._rows(n, "tail") if n in HEADS else self.file(EVALUATION[n]) for n in self.texts}
 
     def evaluation_rows(self) -> dict[str, list[str]]:
         """Rows of each, as the protocol wants them."""

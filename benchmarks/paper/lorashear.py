@@ -22,7 +22,7 @@ from torch import nn
 
 import fxprune
 from benchmarks.paper.bench import Bench
-from benchmarks.paper.common import TRAINING, Book, Row, parser, pick, run, show
+from benchmarks.paper.common import EVALUATION, TRAINING, Book, Row, parser, pick, run, show
 from benchmarks.paper.criteria import COLUMNS, measure_dense, measured, setting, settle_tasks, task_options
 from benchmarks.paper.criteria import ROWS as CRITERIA
 from fxprune.errors import FxPruneError
@@ -47,7 +47,9 @@ SHOWN: dict[str, Callable[[Row], Any]] = {
     **{name: COLUMNS[name] for name in ("row", "asked", "removed", "parameters", "form")},
     "shearing tokens": lambda r: f"{r['tokens']['shearing']:,}",
     "tokens": lambda r: f"{r['tokens']['total']:,}",
-    **{name: COLUMNS[name] for name in ("WikiText-2", "PTB", "C4", "kept (%)", "seconds")},
+    **{name: COLUMNS[name] for name in ("WikiText-2", "PTB", "C4")},
+    "books": lambda r: r["perplexity"]["books"]["perplexity"],
+    **{name: COLUMNS[name] for name in ("kept (%)", "seconds")},
 }
 
 
@@ -65,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     made.add_argument("--work", type=Path, default=None, metavar="DIR", help="where checkpoints are kept (default: nowhere)")
     task_options(made)
+    made.set_defaults(texts=tuple(EVALUATION))
     a = made.parse_args(arguments)
     names = pick(a.rows, list(ROWS))
     stages = [pick(typed, list(TRAINING)) for typed in (a.first, a.second)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.paper.bench import Bench
-from benchmarks.paper.common import EVALUATION, Book, parser, pick, plot, run, show
+from benchmarks.paper.common import TEXTS, Book, parser, pick, plot, run, show
 from benchmarks.paper.criteria import COLUMNS, ROWS, measure_rows
 
 CURVES = {"default": ROWS["default"], "llm-pruner": ROWS["element1"], "uniform": ROWS["uniform"], "flap": ROWS["flap"]}
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__, "paper_ratios.json")
     made.add_argument("--ratios", nargs="+", type=float, default=RATIOS, help="of all parameters (default: 0.05 to 0.6)")
     made.add_argument("--rows", default="default,llm-pruner", metavar="A,B", help=f"of {', '.join(CURVES)} (default: %(default)s)")
-    made.add_argument("--text", choices=sorted(EVALUATION), default="wikitext2", help="what is plotted (default: wikitext2)")
+    made.add_argument("--text", choices=sorted(TEXTS), default="wikitext2", help="what is plotted (default: wikitext2)")
     a = made.parse_args(arguments)
     names = pick(a.rows, list(CURVES))
     found = measure_rows(Bench(a), Book(a.output, a, "ratios"), {n: CURVES[n] for n in names}, a.ratios)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.paper.bench import Bench
-from benchmarks.paper.common import EVALUATION, Book, parser, pick, plot, run, show
+from benchmarks.paper.common import TEXTS, Book, parser, pick, plot, run, show
 from benchmarks.paper.criteria import PEER, ROWS, check_recovery, recovery_options
 
 HELD_OUT = "held-out"
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__, "paper_steps.json")
     made.add_argument("--ratio", type=float, default=0.2, help="of all parameters (default: 0.2)")
     made.add_argument("--rows", default="element1", metavar="A,B", help="rows of benchmarks.paper.criteria (default: element1)")
-    made.add_argument("--validation", choices=(HELD_OUT, *EVALUATION), default=HELD_OUT, help="measured on (default: held out)")
+    made.add_argument("--validation", choices=(HELD_OUT, *TEXTS), default=HELD_OUT, help="measured on (default: held out)")
     recovery_options(made)
     a = made.parse_args(arguments)
     names = pick(a.rows, [row for row in ROWS if row != PEER])

@@ -61,10 +61,14 @@ class _Lines:
     def __init__(self) -> None:
         self.said = time.monotonic()
         self.began: dict[str, tuple[float, int]] = {}
+        self.last: dict[str, int] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        begin, before = self.began.setdefault(what.partition(" (")[0], (now, done))
+        now, name = time.monotonic(), what.partition(" (")[0]
+        if done < self.last.get(name, done):  # the same work once more, from its beginning
+            del self.began[name]
+        self.last[name] = done
+        begin, before = self.began.setdefault(name, (now, done))
         if now - self.said < EVERY:
             return
         self.said = now

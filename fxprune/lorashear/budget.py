@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 from ..errors import UsageError
@@ -95,7 +95,7 @@ def make_schedule(budget: Budget, settings: Shearing, per_step: float, stages: i
     wanted = stages if settings.shear_share < 1 else 0
     if shrinking < periods or recovering < wanted:
         said = f"{budget.steps} steps" if budget.steps is not None else f"{budget.tokens:,} tokens, {per_step:,.0f} in a step,"
-        least = next(n for n in count(whole + 1) if _enough(n, settings, periods, wanted))
+        least = _least(whole, lambda n: _enough(n, settings, periods, wanted))
         enough = f"{least} steps" if budget.steps is not None else f"{math.ceil(least * per_step):,} tokens"
         if shrinking < periods:
             raise UsageError(
@@ -119,3 +119,14 @@ def _parts(whole: int, settings: Shearing) -> tuple[int, int]:
 def _enough(whole: int, settings: Shearing, periods: int, stages: int) -> bool:
     steps, warmup = _parts(whole, settings)
     return steps - warmup >= periods and whole - steps >= stages
+
+
+def _least(below: int, enough: Callable[[int], bool]) -> int:
+    """The first number above one that is not enough; more is never less than enough."""
+    above = below + 1
+    while not enough(above):
+        below, above = above, 2 * above
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (below, middle) if enough(middle) else (middle, above)
+    return above

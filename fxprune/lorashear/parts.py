@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -18,13 +19,15 @@ from torch.fx import GraphModule
 from ..api import PruneResult, example_inputs, prune
 from ..capture import trace
 from ..checkpoint.eager import call
+from ..criteria import CRITERIA
 from ..data import Batches
 from ..errors import CheckpointError, FxPruneError, PlanError, UsageError, VerificationError
 from ..files import write_whole
-from ..groups import Groups, PruneGroup
+from ..groups import Groups, Member, PruneGroup
 from ..knowledge import Knowledge
 from ..mode import quiet, without_cache
-from ..passes.batches import Progress
+from ..passes.batches import Batch, Progress
+from ..passes.consumers import find_consumers
 from ..passes.dependency import groups_of
 from ..passes.importance import score
 from ..passes.knowledge import measure_knowledge
@@ -119,13 +122,14 @@ class Parts:
             given: Knowledge that was measured already.
 
         Raises:
-            UsageError: The last two, or knowledge of another model.
+            UsageError: The last two, knowledge of another model, or a criterion that cannot rank what may go.
             PlanError: The first.
         """
         gm, groups = self.bare
         if given is not None:
             given.check(groups)
         eligible, share = self._trial().eligible, self.settings.protect_share
+        self._check_criterion(eligible)
         if share:
             if given is None:
                 self._windows()
@@ -164,14 +168,37 @@ class Parts:
         if settings.criterion == SALIENCY:
             return None
         if not file.is_file():
-            gm, groups = self.bare
-            stage = self.run.data.stages[0].train
-            texts = {name: stage.select((stage.source == i).nonzero().flatten().tolist()) for i, name in enumerate(stage.names)}
-            batches, _ = windows(texts, samples=settings.criterion_samples, length=settings.knowledge_length, held=False)
-            options: dict[str, Any] = {"calibration": batches, "seed": settings.training.seed, "progress": self.progress}
+            start, (gm, groups) = time.perf_counter(), self.bare
+            options: dict[str, Any] = {"calibration": self._read(), "seed": settings.training.seed, "progress": self.progress}
             found = score(gm, groups, settings.criterion, **options)
             write_whole(file, save(found), called="the scores", error=CheckpointError)
+            self.work.record("importance", {"seconds": round(time.perf_counter() - start, 3)})
         return load_file(file)
+
+    def _read(self) -> list[Batch]:
+        """The text that the criterion reads; nothing for one that reads none."""
+        settings, stage = self.settings, self.run.data.stages[0].train
+        if not CRITERIA[settings.criterion].calibrated:
+            return []
+        texts = {name: stage.select((stage.source == i).nonzero().flatten().tolist()) for i, name in enumerate(stage.names)}
+        return list(windows(texts, samples=settings.criterion_samples, length=settings.knowledge_length, held=False)[0])
+
+    def _check_criterion(self, eligible: Sequence[str]) -> None:
+        """Refuse a criterion that has no text, or nothing to say of a group that LHSPG may take units of."""
+        name = self.settings.criterion
+        if name == SALIENCY:
+            return
+        self._read()
+        if CRITERIA[name].feature is None:
+            return
+        gm, groups = self.bare
+        names, read = self._adapted_names(), {own for consumer in find_consumers(gm, groups) for own in consumer.groups}
+        missing = sorted(set(eligible) - {names[own] for own in read if own in names})
+        if missing:
+            raise UsageError(
+                f"criterion '{name}' looks at what linear maps read, and none contracts the units of '{missing[0]}': leave kind "
+                f"'{self.adapted[2][missing[0]].kind}' out, or take another criterion, such as taylor1"
+            )
 
     def _adapted_names(self) -> dict[str, str]:
         """For each group of the model without adapters the name of the same one with them."""
@@ -292,10 +319,18 @@ def _removable(group: PruneGroup) -> float:
     return group.parameters_per_unit * (group.size - group.least)
 
 
-def _key(group: PruneGroup, factors: frozenset[str] | set[str]) -> frozenset[tuple[str, int]]:
-    """The parameter dimensions of a group, under the names that they have without adapters."""
+def _key(group: PruneGroup, factors: frozenset[str] | set[str]) -> frozenset[tuple[str, int, str]]:
+    """What a group owns: parameter dimensions, under the names that they have without adapters, and whose each position is.
+
+    Dimensions alone would not do: in a fused projection heads and the dimensions of heads have the same ones.
+    """
     own = (m for m in group.members if m.trainable and m.name not in factors)
-    return frozenset((m.name.replace(".base_layer.", "."), m.dim) for m in own)
+    return frozenset((m.name.replace(".base_layer.", "."), m.dim, _owners(m)) for m in own)
+
+
+def _owners(member: Member) -> str:
+    """Which unit owns which positions, in short."""
+    return hashlib.sha256(torch.stack(member.incidence).numpy().tobytes()).hexdigest()
 
 
 def _base(student: nn.Module, name: str) -> Tensor:

@@ -39,7 +39,7 @@ from ..reporting.page import write_pages
 from .budget import Budget, make_schedule
 from .parts import Parts
 from .result import ShearReport, ShearResult
-from .settings import settle
+from .settings import SALIENCY, settle
 from .training import ShearTraining
 from .work import WorkDirectory
 
@@ -121,7 +121,8 @@ def shear(
         stack.callback(dense.model.to, home)
         subject = replace(dense, model=copy.deepcopy(dense.model).to(world.device))
         longest = longest_input(subject.model)
-        if chosen.protect_share and longest is not None and chosen.knowledge_length > longest:
+        measures = bool(chosen.protect_share) or chosen.criterion != SALIENCY
+        if measures and longest is not None and chosen.knowledge_length > longest:
             raise UsageError(
                 f"the model reads at most {longest} tokens, and knowledge_length is {chosen.knowledge_length}: lower it"
             )
@@ -190,9 +191,7 @@ class _Shearing:
         if "begun" not in work.stages:
             parts.rehearse(self.knowledge)
             work.record("begun", {})
-        start = time.perf_counter()
         scores = parts.weigh()
-        weighing = round(time.perf_counter() - start, 3)
         knowledge, protect, measuring = None, tuple[str, ...](), 0.0
         if parts.settings.protect_share:
             knowledge, protect, measuring = parts.measure(self.knowledge)
@@ -202,7 +201,7 @@ class _Shearing:
         result, exact = parts.remove(training, of)
         report = result.report
         seconds = {
-            **({} if scores is None else {"importance": weighing}),
+            **({} if scores is None else {"importance": float(work.stages.get("importance", {}).get("seconds", 0.0))}),
             "knowledge": measuring,
             "lhspg": round(training.position.seconds, 3),
         }
