@@ -185,7 +185,7 @@ def test_verify_tells_what_changed_the_weights_since(run: Run, tmp_path: Path) -
     assert told["changed_by"] == ["compensation (least-squares)"]
     assert told["parameters"] - told["slices_of_the_dense_model"] == 2  # down_proj of two layers
     assert (
-        f"the weights were changed after pruning by compensation (least-squares): {told['slices_of_the_dense_model']} of "
+        f"besides being cut, the weights were changed by compensation (least-squares): {told['slices_of_the_dense_model']} of "
         f"{told['parameters']} are the dense model's slices"
     ) in ran.out
 

@@ -384,7 +384,7 @@ def test_the_command_prints_one_table(run: Run, files: Path) -> None:
     status, out, err = run("small", "--dense", "dense", *TEXTS, "--tasks", "all", "--data", ".", "--limit", "4", "-o", "out.md")
     assert (status, err) == (0, "")
     assert out.startswith("|  | dense | this model | of dense |\n| --- | ---: | ---: | ---: |\n| parameters | ")
-    assert out.count("\n| perplexity ") == 4
+    assert out.count("\n| perplexity, ") == 4
     assert "boolq 4 rows of boolq.jsonl" in out
     assert (files / "out.md").read_text() == out
     assert not list(files.glob(".out*"))

@@ -15,6 +15,8 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from fxprune.cli import main
+
 from .command import Run, beside_links
 from .curricula import dense, write_sources
 from .processes import finished, kill_again_and_again
@@ -70,6 +72,13 @@ def test_all_stages_from_end_to_end(run: Run) -> None:
     assert [list(stage) for stage in recovery["curriculum"]["stages"]] == [["kept.jsonl", "lost.jsonl"], ["alpaca.jsonl"]]
     model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
     assert sum(p.numel() for p in model.parameters()) == report["parameters_after"]
+
+
+def test_what_was_sheared_is_not_what_was_only_cut(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = run("--ratio", "0.1", "--data", "kept.jsonl", "--steps", "6", "--shear-share", "1", "--protect-share", "0", *OPTIONS)
+    assert ran.status == 0, ran.err
+    assert main(["verify", "out", "--dense", "dense"]) == 0
+    assert "besides being cut, the weights were changed by shearing: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

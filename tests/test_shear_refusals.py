@@ -78,6 +78,10 @@ def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"warmup_share": 1}, "warmup_share is 1, and no step would be left to shear in"),
         ({"protect_share": 1.5}, "protect_share must be a number between 0 and 1, got 1.5"),
         ({"criterion": "taylr1"}, "unknown criterion 'taylr1'; did you mean 'taylor1'?"),
+        (
+            {"criterion": "kfac", "saliency": ["cosine"]},
+            "saliency weighs what LHSPG itself ranks by, and criterion is 'kfac': leave one of them out",
+        ),
         ({"criterion_samples": 0}, "criterion_samples must be a whole number of at least 1, got 0"),
         ({"periods": 0}, "periods must be a whole number of at least 1, got 0"),
         ({"knowledge_length": 1}, "knowledge_length must be a whole number of at least 2, got 1"),
@@ -327,7 +331,7 @@ def test_how_the_steps_are_divided(budget: dict[str, int], changes: dict[str, An
         ({"shear_share": 1}, 5),
         ({"shear_share": 0.99}, 150),
         ({"shear_share": 1e-9}, 4_500_000_001),
-        ({"warmup_share": 0.999_999_9}, 116_666_669),
+        ({"warmup_share": 0.999_999_9}, 116_666_665),
     ],
 )
 def test_the_least_budget(changes: dict[str, Any], least: int) -> None:
@@ -340,6 +344,14 @@ def test_the_least_budget(changes: dict[str, Any], least: int) -> None:
     make_schedule(Budget(steps=said), settings, 100.0, 2)
     with pytest.raises(UsageError):
         make_schedule(Budget(steps=said - 1), settings, 100.0, 2)
+
+
+def test_the_least_budget_of_tokens() -> None:
+    """Where tokens by step have no exact form."""
+    settings, per_step = settle(None, {"shear_share": 1, "warmup_share": 0, "periods": 1008}), 2617.3333333333335
+    with pytest.raises(UsageError, match="give at least 2,638,273 tokens"):
+        make_schedule(Budget(tokens=2_638_272), settings, per_step, 1)
+    assert make_schedule(Budget(tokens=2_638_273), settings, per_step, 1).periods == 1008
 
 
 def test_what_a_step_is_for_and_what_is_left() -> None:

@@ -57,13 +57,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _changed(path: Path) -> list[str]:
-    """What has changed the weights since they were cut out of the dense model's."""
+    """What has changed the weights, so that they are not the dense model's."""
     try:
         report = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     made_up = (report.get("compensation") or {}).get("method")
-    return [*([f"compensation ({made_up})"] if made_up else []), *(["recovery"] if report.get("recovery") else [])]
+    trained = [what for what in ("shearing", "recovery") if report.get(what)]
+    return [*([f"compensation ({made_up})"] if made_up else []), *trained]
 
 
 def _said(path: Path, report: VerifyReport, slices: dict[str, Any]) -> list[str]:
@@ -73,7 +74,7 @@ def _said(path: Path, report: VerifyReport, slices: dict[str, Any]) -> list[str]
     lines = [f"{what} equals its reference ({report.reference}): {error}"]
     if slices:
         lines.append(
-            f"the weights were changed after pruning by {' and '.join(slices['changed_by'])}: "
+            f"besides being cut, the weights were changed by {' and '.join(slices['changed_by'])}: "
             f"{slices['slices_of_the_dense_model']} of {slices['parameters']} are the dense model's slices"
         )
     return lines

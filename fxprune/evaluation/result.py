@@ -183,7 +183,7 @@ def _measures(found: Evaluation) -> dict[str, Measure]:
         add("prefill_ms", f"prefill of {found.latency.prompt} tokens (ms)", found.latency.prefill_ms, "{:,.1f}")
         add("decode_ms", "decode (ms/token)", found.latency.decode_ms, "{:,.1f}")
     for p in found.perplexities:
-        add(f"perplexity/{p.text}/{p.length}", f"perplexity {p.text}, {p.length} tokens", p.perplexity, "{:,.2f}")
+        add(f"perplexity/{p.text}/{p.length}", f"perplexity, {p.text}, {p.length} tokens", p.perplexity, "{:,.2f}")
     for t in found.tasks:
         for metric, value, spread in (("acc", t.acc, t.acc_stderr), ("acc_norm", t.acc_norm, t.acc_norm_stderr)):
             if value is not None:

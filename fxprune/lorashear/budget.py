@@ -96,7 +96,9 @@ def make_schedule(budget: Budget, settings: Shearing, per_step: float, stages: i
     if shrinking < periods or recovering < wanted:
         said = f"{budget.steps} steps" if budget.steps is not None else f"{budget.tokens:,} tokens, {per_step:,.0f} in a step,"
         least = _least(whole, lambda n: _enough(n, settings, periods, wanted))
-        enough = f"{least} steps" if budget.steps is not None else f"{math.ceil(least * per_step):,} tokens"
+        tokens = math.ceil(least * per_step)
+        tokens += int(tokens / per_step) < least  # the product was rounded
+        enough = f"{least} steps" if budget.steps is not None else f"{tokens:,} tokens"
         if shrinking < periods:
             raise UsageError(
                 f"{said} leave shearing {counted(shrinking, 'step')} after its warm-up, fewer than its "

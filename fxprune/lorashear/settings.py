@@ -188,7 +188,7 @@ def settle(recipe: RecipeLike, given: Mapping[str, Any]) -> Shearing:
         given: Settings that go before it; texts are read as the setting's type.
 
     Raises:
-        UsageError: An unknown recipe or setting, or a value that makes no sense.
+        UsageError: An unknown recipe or setting, a value that makes no sense, or one that another makes idle.
     """
     usual = SHEARINGS["lorashear"]
     said = {**usual, **read_recipe(recipe, SHEARINGS, {**Recovery().to_json(), **usual})}
@@ -196,6 +196,10 @@ def settle(recipe: RecipeLike, given: Mapping[str, Any]) -> Shearing:
         if name not in OWN and name not in TRAINING:
             raise UsageError(f"there is no shearing setting '{name}'; {nearest(name, (*OWN, *TRAINING))}")
         said[name] = _read(name, value) if isinstance(value, str) and name in OWN else value
+    if "saliency" in given and said["criterion"] != SALIENCY:
+        raise UsageError(
+            f"saliency weighs what LHSPG itself ranks by, and criterion is '{said['criterion']}': leave one of them out"
+        )
     for name, instead in INSTEAD.items():
         if name in said:
             raise UsageError(f"{name} is of a recovery by itself: for a shearing set {instead} instead")
