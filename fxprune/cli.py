@@ -44,8 +44,11 @@ def _own(error: BaseException | None) -> FxPruneError | None:
 
 
 def _logging(verbose: int) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("fxprune").setLevel(logging.INFO if verbose else logging.WARNING)
+    """What fxprune logs goes to standard error as it is; other libraries have handlers of their own."""
+    log, handler = logging.getLogger("fxprune"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers = [handler]
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
 
 
 def kinds(text: str) -> list[str] | dict[str, float]:

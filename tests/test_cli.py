@@ -36,6 +36,21 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
 
 
+def test_other_libraries_log_by_handlers_of_their_own() -> None:
+    """Not by one of ours at the root, which would say everything twice."""
+    code = """
+import logging
+from fxprune.cli import main
+for _ in range(2):
+    assert main(["report", "nowhere"]) == 2
+assert not logging.getLogger().handlers
+logging.getLogger("fxprune.passes").warning("once")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == ["fxprune: there is no directory 'nowhere'"] * 2 + ["once"]
+
+
 def test_help_answers_at_once() -> None:
     def seconds() -> float:
         start = time.perf_counter()

@@ -93,7 +93,7 @@ class Parts:
     def lhspg(self, optimizer: torch.optim.Optimizer, selection: Selection, scores: Mapping[str, Tensor] | None = None) -> LHSPG:
         """LHSPG around the adapters' optimizer; scores are those of the groups of the model without adapters."""
         _, gm, groups = self.adapted
-        names = {} if scores is None else self._adapted_names()
+        names = {} if scores is None else self._adapted_names
         settings, schedule = self.settings, self.schedule
         return LHSPG(
             optimizer,
@@ -192,7 +192,7 @@ class Parts:
         if CRITERIA[name].feature is None:
             return
         gm, groups = self.bare
-        names, read = self._adapted_names(), {own for consumer in find_consumers(gm, groups) for own in consumer.groups}
+        names, read = self._adapted_names, {own for consumer in find_consumers(gm, groups) for own in consumer.groups}
         missing = sorted(set(eligible) - {names[own] for own in read if own in names})
         if missing:
             raise UsageError(
@@ -200,6 +200,7 @@ class Parts:
                 f"'{self.adapted[2][missing[0]].kind}' out, or take another criterion, such as taylor1"
             )
 
+    @cached_property
     def _adapted_names(self) -> dict[str, str]:
         """For each group of the model without adapters the name of the same one with them."""
         _, gm, groups = self.adapted
@@ -301,7 +302,7 @@ class Parts:
 
     def _plan(self, lhspg: LHSPG, recipe: Mapping[str, Any]) -> PrunePlan:
         """The plan of the model without adapters: its groups are the same, but for theirs."""
-        bare = {theirs: name for name, theirs in self._adapted_names().items()}
+        bare = {theirs: name for name, theirs in self._adapted_names.items()}
         made = dict(lhspg.plan().recipe)
         removed = float(made["removed"])
         if abs(removed - self.ratio) > 1e-3:
