@@ -235,6 +235,7 @@ def _sensitivity(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--protect-share", type=float, default=0.1, metavar="SHARE", help="share to leave whole (default 0.1)")
     out.add_argument("-o", "--output", metavar="FILE", help="write it as .json, for fxprune prune --knowledge")
     out.add_argument("--plot", metavar="FILE", help="draw it over the depth: .png, .svg, .pdf (needs the extra plot)")
+    out.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     out.add_argument("--resume", action="store_true", help="go on with a measurement that was cut short (OUTPUT.measuring)")
     out.add_argument("--json", action="store_true", help="print JSON")
 

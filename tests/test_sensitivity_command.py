@@ -229,6 +229,17 @@ def test_an_interrupted_command_that_keeps_nothing_says_so(run: Run, monkeypatch
     assert (ran.status, ran.out, ran.said) == (130, "", "interrupted; nothing was written")
 
 
+def test_a_measurement_is_not_lost_to_another(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "known.json"
+    file.write_text("hours of work")
+    ran = run("sensitivity", "dense", *TEXT, "--kinds", "layers", "-o", str(file))
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.said == f"fxprune: '{file}' exists, and measuring takes its time: choose another output, or say --overwrite"
+    assert file.read_text() == "hours of work"
+    assert run("sensitivity", "dense", *TEXT, "--kinds", "layers", "-o", str(file), "--overwrite").status == 0
+    assert {row.kind for row in Knowledge.load(file).rows} == {"layers"}
+
+
 @pytest.mark.usefixtures("unloaded")
 @pytest.mark.parametrize(
     ("arguments", "said"),

@@ -89,6 +89,8 @@ def _checked(arguments: argparse.Namespace) -> Path | None:
             raise UsageError("--resume goes on with a measurement whose output is named with -o: name it")
         return None
     check_file(Path(arguments.output), "a measurement", (".json",))
+    if Path(arguments.output).exists() and not arguments.overwrite:
+        raise UsageError(f"'{arguments.output}' exists, and measuring takes its time: choose another output, or say --overwrite")
     state = Path(f"{arguments.output}.measuring")
     if state.exists() and not arguments.resume:
         raise UsageError(f"'{state}' holds a measurement that was cut short: go on with --resume, or delete it")
