@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +31,7 @@ from ..errors import PlanError, UsageError, nearest
 from ..groups import KINDS, LAYERS, Groups, PruneGroup, layer_of
 from ..plan import PrunePlan
 from .base import Pass
+from .blocks import guarded_layers, inside, least_left, open_blocks, ranked_blocks, room_of
 from .budget import Lane, Meter, Whole, fill, stop_at
 from .dependency import PLAN, groups_of
 from .importance import SCORES
@@ -243,7 +243,7 @@ def select(
         lanes = _with_curves(lanes, curves, notes)
     _check_scores(groups, lanes, scores)
     ranked = {n: torch.argsort(scores[n], stable=True) for lane in lanes if lane.kind != LAYERS for n in lane.names}
-    blocks = _ranked_blocks(groups, chosen, block_scores)
+    blocks = ranked_blocks(groups, chosen, block_scores)
     if chosen.units is not None:
         stops = [stop_at(lane, chosen.share_of(lane.kind)) for lane in lanes]
     else:
@@ -287,24 +287,14 @@ def _check_scores(groups: Groups, lanes: Sequence[Lane], scores: Mapping[str, Te
             raise UsageError(f"the scores of group '{name}' are not finite")
 
 
-def _inside(path: str, block: str) -> bool:
-    return path == block or path.startswith(f"{block}.")
-
-
-def _guarded(numbers: set[int], chosen: Selection) -> set[int]:
-    """Which of the layers are protected by their place."""
-    layers = sorted(numbers)
-    return {*layers[: chosen.protect_first], *layers[max(0, len(layers) - chosen.protect_last) :]}
-
-
 def _eligible(groups: Groups, chosen: Selection) -> list[PruneGroup]:
-    guarded = _guarded({g.layer for g in groups.values() if g.layer is not None}, chosen)
+    guarded = guarded_layers({g.layer for g in groups.values() if g.layer is not None}, chosen)
     for pattern in chosen.protect:
         if not fnmatch.filter((*groups, *groups.blocks), pattern):
             raise UsageError(f"protect='{pattern}' matches no group and no block; {nearest(pattern, (*groups, *groups.blocks))}")
     whole = [b for pattern in chosen.protect for b in fnmatch.filter(groups.blocks, pattern)]
     protected = {n for pattern in chosen.protect for n in fnmatch.filter(groups, pattern)}
-    protected |= {n for n in groups for b in whole if _inside(n, b)}
+    protected |= {n for n in groups for b in whole if inside(n, b)}
     found = [
         g
         for g in groups.values()
@@ -356,8 +346,8 @@ def _lanes(groups: Groups, chosen: Selection) -> list[Lane]:
     if LAYERS in wanted:
         if not groups.blocks:
             raise UsageError("this model has no residual block that can be dropped whole")
-        blocks, n = _open_blocks(groups, chosen), len(groups.blocks)
-        room = sum(_room(groups, blocks, chosen).values())
+        blocks, n = open_blocks(groups, chosen), len(groups.blocks)
+        room = sum(room_of(groups, blocks, chosen).values())
         lanes["", 0] = Lane(LAYERS, LAYERS, blocks, n, range(n - 1, n - room - 1, -1))
     return list(lanes.values())
 
@@ -379,50 +369,11 @@ def _check_uniform(groups: Groups, eligible: Sequence[PruneGroup]) -> None:
         )
 
 
-def _least(size: int, floor: float) -> int:
-    """Fewest units that stay."""
-    return max(1, math.ceil(floor * size - 1e-9))
-
-
 def _stops(group: PruneGroup, chosen: Selection) -> range:
     """Counts of kept units that a group may stop at, falling."""
     multiple = math.lcm(chosen.multiple_of(group.kind), group.multiple)
-    least = max(_least(group.size, chosen.floor), group.least)
+    least = max(least_left(group.size, chosen.floor), group.least)
     return range((group.size - 1) // multiple * multiple, least - 1, -multiple)
-
-
-def _open_blocks(groups: Groups, chosen: Selection) -> list[str]:
-    guarded = _guarded({layer_of(p) or 0 for p in groups.blocks}, chosen)
-    kept = {n for pattern in chosen.protect for n in fnmatch.filter((*groups, *groups.blocks), pattern)}
-    return [p for p in groups.blocks if (layer_of(p) or 0) not in guarded and not any(_inside(n, p) for n in kept)]
-
-
-def _stack(block: str) -> str:
-    """The list that a block is an entry of."""
-    return block.rpartition(".")[0]
-
-
-def _room(groups: Groups, blocks: Sequence[str], chosen: Selection) -> dict[str, int]:
-    """How many blocks of each stack may go: an encoder and a decoder each keep their share, and one block at the least."""
-    every, free = (Counter(map(_stack, paths)) for paths in (groups.blocks, blocks))
-    return {stack: min(free[stack], n - _least(n, chosen.floor)) for stack, n in every.items()}
-
-
-def _ranked_blocks(groups: Groups, chosen: Selection, block_scores: Mapping[str, float] | None) -> list[str]:
-    """Blocks in the order in which they go: least important first, or from the end."""
-    blocks = _open_blocks(groups, chosen)
-    if block_scores is not None and chosen.pace.get(LAYERS, 0) > 0:
-        for path in blocks:
-            if path not in block_scores:
-                raise UsageError(f"there is no score for block '{path}'; give one for each, or none")
-    ranked = blocks[::-1] if block_scores is None else sorted(blocks, key=lambda p: block_scores.get(p, 0.0))
-    room = _room(groups, blocks, chosen)
-    first: list[str] = []
-    rest: list[str] = []
-    for path in ranked:  # those that their stack cannot spare come last, out of reach
-        room[_stack(path)] -= 1
-        (first if room[_stack(path)] >= 0 else rest).append(path)
-    return first + rest
 
 
 def _steps(groups: Groups, lanes: Sequence[Lane], chosen: Selection, scores: Mapping[str, Tensor], curves: Curves | None) -> Whole:
