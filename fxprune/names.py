@@ -8,6 +8,8 @@ PLAN_FILE = "fxprune_plan.json"
 REPORT_FILE = "fxprune_report.json"
 RECIPE_FILE = "fxprune_recipe.yaml"
 EVALUATION_FILE = "eval.json"
+BLOCK_SCORES = "block_scores"
+"""Where a plan's recipe has the importance of each residual block."""
 
 
 def family_of(name: str) -> str:

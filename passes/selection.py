@@ -29,6 +29,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from ..errors import PlanError, UsageError, nearest
 from ..groups import KINDS, LAYERS, Groups, PruneGroup, layer_of
+from ..names import BLOCK_SCORES
 from ..plan import PrunePlan
 from .base import Pass
 from .blocks import guarded_layers, inside, least_left, open_blocks, ranked_blocks, room_of
@@ -230,8 +231,8 @@ def select(
         **options: Fields of `Selection`.
 
     Returns:
-        The plan. ``plan.recipe["removed"]`` is the share of parameters that it removes, and ``plan.recipe["note"]`` says so where
-        the target could not be met within 0.1 percentage points.
+        The plan. ``plan.recipe["removed"]`` is the share of parameters that it removes, ``plan.recipe["note"]`` says so where the
+        target could not be met within 0.1 percentage points, and ``plan.recipe["block_scores"]`` what blocks went by.
 
     Raises:
         UsageError: Unknown kinds, impossible ratios or protections that match nothing.
@@ -252,6 +253,8 @@ def select(
     keep, drop = _materialise(groups, lanes, stops, ranked, blocks)
     removed = 1 - groups.remaining({n: len(u) for n, u in keep.items()}, drop) / groups.total
     facts: dict[str, Any] = {**chosen.to_json(), **(recipe or {}), "removed": round(removed, 6)}
+    if block_scores is not None and chosen.pace.get(LAYERS, 0) > 0:
+        facts[BLOCK_SCORES] = {path: float(f"{value:.4g}") for path, value in block_scores.items()}
     if chosen.ratio is not None and abs(removed - chosen.ratio) > 1e-3:
         notes.append(f"asked for {chosen.ratio:.2%} of the parameters; the nearest that the units allow is {removed:.2%}")
     if notes:

@@ -54,6 +54,7 @@ def report(**changes: Any) -> dict[str, Any]:
             "seed": 3,
             "calibration": "16 x 32 tokens of text.txt, seed 3",
             "measured": "divergence",
+            "block_scores": {"model.layers.8": 0.25, "model.layers.9": 0.125},
         },
         "seconds": {"trace": 1.25, "verify": 0.5},
         "versions": {"fxprune": "0.1.0", "torch": "2.13.0", "machine": "x86_64, 2 cores", "device": "cpu"},

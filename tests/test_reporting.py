@@ -77,6 +77,14 @@ def test_a_prune_leaves_its_pages(saved: Path, result: PruneResult) -> None:
     assert table.row("calibration")[1] == "128"
 
 
+def test_blocks_stand_in_the_order_in_which_they_would_go() -> None:
+    table = Tables(html(Record("x", report(), None)))
+    assert table.row("model.layers.9") == ["0.125", "went"]
+    assert table.row("model.layers.8") == ["0.25", ""]
+    (text,) = (line for line in markdown(Record("x", report(), None)).splitlines() if "| model.layers.9 |" in line)
+    assert text == "| model.layers.9 | 0.125 | went |"
+
+
 def test_the_json_holds_what_the_pages_show(saved: Path, result: PruneResult) -> None:
     data = json.loads((saved / "fxprune_report.json").read_text())
     groups, plan = result.groups, result.plan

@@ -59,6 +59,9 @@ def test_layers_are_dropped_from_the_end_or_by_influence(coarse: Groups) -> None
     assert kept.drop == ("model.layers.1", "model.layers.2")  # a protected group protects its block
     with pytest.raises(PlanError, match=r"at most \d+\.\d% of the parameters can go$"):
         select(coarse, {}, ratio=0.9, kinds="layers", floor=0.5)
+    ranked = select(coarse, {}, units=0.5, kinds="layers", block_scores=influence)
+    assert ranked.recipe["block_scores"] == influence
+    assert "block_scores" not in plan.recipe
     one = select(coarse, {}, units=0.99, kinds="layers")
     assert one.drop == ("model.layers.1", "model.layers.2", "model.layers.3")
     near = select(coarse, {}, ratio=half + 0.02, kinds="layers")

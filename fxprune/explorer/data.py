@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from ..groups import Groups, Member, PruneGroup
+from ..names import BLOCK_SCORES
 from ..plan import PrunePlan
 from ..spaces import Axis, Concat, Product, Space, kept_size, resolve
 from ..table import group_summary
@@ -182,7 +183,7 @@ def _planned(groups: Groups, plan: PrunePlan) -> dict[str, Any]:
         "before": groups.total,
         "after": groups.remaining(plan.counts(), plan.drop),
         "drop": list(plan.drop),
-        "recipe": [[str(k), _said(v)] for k, v in plan.recipe.items() if v not in (None, "", (), [], {})],
+        "recipe": [[str(k), _said(v)] for k, v in plan.recipe.items() if k != BLOCK_SCORES and v not in (None, "", (), [], {})],
     }
 
 

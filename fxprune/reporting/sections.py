@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..names import family_of, layer_of
+from ..names import BLOCK_SCORES, family_of, layer_of
 from .blocks import Block, Chart, Charts, Listing, Notes, Section, Table, Text, code
 from .charts import LAYER, Axis, Series, Spread, bars, lines, number, spreads
 from .loading import form_said
-from .numbers import Record, numbers, numbers_table, overlap_warning, widths_of
+from .numbers import Record, numbers, numbers_table, overlap_warning, part, widths_of
 from .recipe import calibration_text, prune_command, recipe_yaml, recover_command, replay_command, shear_command
 from .shearing import shearing_blocks
 from .training import recovery_blocks
@@ -63,9 +63,9 @@ def _notes(record: Record) -> Iterator[Block]:
         warnings.append("perplexities and texts marked as before recovery are of the pruned model that was recovered")
     if warnings:
         yield Notes(warnings, warning=True)
-    notes = [part for part in str(report.get("note") or "").split("; ") if part]
-    for part in ("recovery", "shearing"):
-        notes += [note for note in (report.get(part) or {}).get("notes") or [] if note not in notes and note != report.get("note")]
+    notes = [note for note in str(report.get("note") or "").split("; ") if note]
+    for stage in ("recovery", "shearing"):
+        notes += [note for note in (report.get(stage) or {}).get("notes") or [] if note not in notes and note != report.get("note")]
     if evaluation.get("cut"):
         notes.append(f"{evaluation['cut']:,} task requests were longer than the model reads: their first tokens were dropped")
     if notes:
@@ -80,6 +80,10 @@ def _widths(record: Record) -> Iterator[Block]:
         families.setdefault(family_of(name), []).append((-1 if layer is None else layer, name, before, after))
     if report.get("dropped"):
         yield Text(f"Whole blocks that went: {', '.join(map(code, report['dropped']))}.")
+    if scores := part(part(report, "recipe"), BLOCK_SCORES):
+        ranked = sorted(scores, key=lambda path: float(scores[path]))
+        gone = [[path, number(scores[path]), "went" if path in (report.get("dropped") or ()) else ""] for path in ranked]
+        yield Table(["block", "importance", ""], gone, folded="what every block is worth, the least first")
     pictures, rows = [], []
     for family, entries in families.items():
         entries.sort()
