@@ -85,6 +85,9 @@ def test_rows_at_equal_tokens_that_go_on(
     assert (len(ours["lhspg"]["periods"]), len(once["lhspg"]["periods"])) == (2, 1)
     assert "| one-shot | 5% |" in capsys.readouterr().out
     assert str(place) not in output.read_text()
+    assert str(tmp_path) not in output.read_text()
+    assert "--work DIR" in book(output)["runs"][0]["command"]
+    assert "--texts" not in book(output)["runs"][0]["command"], "no option"
     monkeypatch.setattr(fxprune, "shear", None)
     assert call(lorashear.main, place, output, *SMALL, *SET, "--work", str(work)) == 0
     assert book(output)["rows"] == rows

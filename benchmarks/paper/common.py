@@ -207,9 +207,9 @@ def _command(script: str, arguments: argparse.Namespace) -> str:
     """The command with the machine's own paths left out."""
     words = [f"python -m benchmarks.paper.{script}"]
     for name, value in sorted(vars(arguments).items()):
-        if name in ("output", "threads", "seed", "repeats") or value in (None, False, []):
+        if name in ("output", "threads", "seed", "repeats", "texts") or value in (None, False, []):
             continue
-        shown = {"data": "DIR", "torch_pruning": "DIR"}.get(name, value)
+        shown = {"data": "DIR", "torch_pruning": "DIR", "work": "DIR"}.get(name, value)
         words.append(f"--{name.replace('_', '-')}")
         if name == "model":
             shown = Path(value).name if Path(value).exists() else value
