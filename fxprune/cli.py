@@ -93,6 +93,9 @@ def _mapping(text: str) -> dict[str, float]:
 class _Parser(argparse.ArgumentParser):
     """Refuses what it does not know where it stands: with the command's own usage, and the nearest option that it has."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, and know everything or fail."""
         found, unknown = super().parse_known_args(args, namespace)

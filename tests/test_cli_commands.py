@@ -185,9 +185,16 @@ def test_verify_tells_what_changed_the_weights_since(run: Run, tmp_path: Path) -
     assert told["changed_by"] == ["compensation (least-squares)"]
     assert told["parameters"] - told["slices_of_the_dense_model"] == 2  # down_proj of two layers
     assert (
-        f"besides being cut, the weights were changed by compensation (least-squares): {told['slices_of_the_dense_model']} of "
-        f"{told['parameters']} are the dense model's slices"
+        f"besides being cut, weights were changed by compensation (least-squares): {told['slices_of_the_dense_model']} of "
+        f"{told['parameters']} parameters are the dense model's slices"
     ) in ran.out
+    file = Path(out) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 3
+    save_file(tensors, file, metadata={"format": "pt"})
+    ran = run("verify", out, "--dense", "dense")
+    assert ran.status == 1
+    assert "parameter 'model.layers.1.mlp.up_proj.weight' is not the dense model's slice, and nothing is known to have" in ran.said
 
 
 def test_verify_reads_the_per_layer_form(run: Run, tmp_path: Path) -> None:

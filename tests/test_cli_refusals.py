@@ -12,7 +12,7 @@ from .command import Run
 
 OUT = ("-o", "out")
 RATIO = (*OUT, "--ratio", "0.2")
-TARGET = "say what to remove: one of --ratio (share of all parameters), --units (share of units) and --plan (a file)"
+TARGET = "say what to remove: just one of --ratio (share of all parameters), --units (share of units) and --plan (a file)"
 
 
 @pytest.fixture
@@ -32,6 +32,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         ((*OUT,), TARGET),
         ((*RATIO, "--units", "0.3"), TARGET),
         (("--ratio", "0.2"), "name an output directory with -o (or add --dry-run)"),
+        ((*RATIO, "--rankin", "global"), "unrecognized arguments: --rankin global; did you mean '--ranking'?"),
         ((*RATIO, "--json"), "--json is for --dry-run: a prune's numbers are in OUTPUT/fxprune_report.json"),
         ((*OUT, "--ratio", "0"), "a ratio must lie between 0 and 1 (0.2 removes 20 %), got 0.0"),
         ((*OUT, "--ratio", "1"), "a ratio must lie between 0 and 1 (0.2 removes 20 %), got 1.0"),

@@ -78,7 +78,7 @@ def test_data_that_cannot_be_used(text: Path, tmp_path: Path) -> None:
             {"data": str(tmp_path / "same.jsonl"), "validation": str(tmp_path / "held.jsonl")},
             "the evaluation text 'held.jsonl' overlaps with the training text 'same.jsonl': 100.0% of its 13-word sequences",
         ),
-        ({"cutoff": 80}, "the model reads at most 64 tokens, and cutoff is 80: lower it"),
+        ({"cutoff": 80}, "the model reads at most 64 tokens, and cutoff is 80: lower it (cutoff=64; --cutoff 64)"),
         ({"length": 80}, "the model reads at most 64 tokens, and length is 80: lower it"),
     ]
     for changes, said in cases:

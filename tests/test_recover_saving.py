@@ -20,6 +20,9 @@ from .zoo import build, tokenizer, tokens
 
 def test_the_checkpoint_in_stock_transformers(text: Path, tmp_path: Path) -> None:
     result = trained(pruned(), str(text))
+    before, after = result.report.perplexity or (0, 0)
+    sizes = f"{SMALL['max_steps']} steps, {result.report.tokens:,} tokens, perplexity {before:.2f} -> {after:.2f}"
+    assert repr(result) == f"RecoveryResult(LlamaForCausalLM, {sizes})"
     result.save_pretrained(tmp_path / "out")
     stock: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(stock).__module__.startswith("transformers.models.llama")

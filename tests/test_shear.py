@@ -80,6 +80,12 @@ def test_the_output_is_a_checkpoint_of_the_size_asked_for(whole: ShearResult) ->
     assert whole.tokenizer("w1 w2")["input_ids"] == tokenizer()("w1 w2")["input_ids"]
 
 
+def test_a_result_says_in_a_line_what_it_is(whole: ShearResult) -> None:
+    report = whole.report
+    sizes = f"{report.parameters_before:,} -> {report.parameters_after:,} parameters ({-report.removed:+.1%})"
+    assert repr(whole) == f"ShearResult({type(whole.model).__name__}, {sizes}, per-layer, '{whole.directory}')"
+
+
 def test_the_report_has_a_section_for_each_stage(whole: ShearResult) -> None:
     report = whole.report
     assert report.knowledge is not None

@@ -92,7 +92,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection
             raise UsageError(f"there is no plan file '{arguments.plan}'")
     elif (arguments.ratio is None) == (arguments.units is None):
         raise UsageError(
-            "say what to remove: one of --ratio (share of all parameters), --units (share of units) and --plan (a file)"
+            "say what to remove: just one of --ratio (share of all parameters), --units (share of units) and --plan (a file)"
         )
     if arguments.protect_share is not None and not arguments.knowledge:
         raise UsageError("--protect-share is a share of what fxprune sensitivity measured: name its file with --knowledge")
@@ -129,8 +129,19 @@ def _dry_run(
     else:
         plan.check(groups)
     before, after = costs(groups, plan)
+    notes = [note] if (note := plan.recipe.get("note")) else []
+    if guessed:
+        notes.append("scored by magnitude, without calibration; the widths of a real run may differ")
     if as_json:
-        dump({"before": before.to_json(), "after": after.to_json(), "drop": list(plan.drop), "keep": plan.counts()})
+        dump(
+            {
+                "before": before.to_json(),
+                "after": after.to_json(),
+                "drop": list(plan.drop),
+                "keep": plan.counts(),
+                "note": "; ".join(notes),
+            }
+        )
         return 0
     table = Table(title="Dry run: nothing was written")
     for column in ("", "before", "after", "change"):
@@ -143,8 +154,6 @@ def _dry_run(
     out.print(table)
     for line in describe_widths({n: [groups[n].size, len(u)] for n, u in plan.keep.items()}, plan.drop):
         out.print(line, markup=False, highlight=False)
-    if note := plan.recipe.get("note"):
+    for note in notes:
         out.print(f"note: {note}", markup=False, highlight=False)
-    if guessed:
-        out.print("note: scored by magnitude, without calibration; the widths of a real run may differ", markup=False)
     return 0

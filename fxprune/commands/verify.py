@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     if changed:
         small = rewrite(gm, plan)
         report = verify(gm, small, plan, inputs)
-        slices = {"changed_by": changed, **_compare(pruned, small, plan, path)}
+        slices = {"changed_by": changed, **_compare(pruned, small, plan, path, _made_up(path))}
     else:
         report = verify(gm, _WithoutCache(pruned), plan, inputs)
     if arguments.json:
@@ -67,6 +68,15 @@ def _changed(path: Path) -> list[str]:
     return [*([f"compensation ({made_up})"] if made_up else []), *trained]
 
 
+def _made_up(path: Path) -> Callable[[str], bool] | None:
+    """Which parameters compensation may have changed, by name; None where training may have changed any."""
+    report = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
+    if report.get("shearing") or report.get("recovery"):
+        return None
+    maps = set(report["compensation"].get("maps") or ())
+    return maps.__contains__ if maps else lambda name: name.endswith(".bias")
+
+
 def _said(path: Path, report: VerifyReport, slices: dict[str, Any]) -> list[str]:
     """What was compared, and how near it came."""
     what = f"the plan of '{path}', applied to the dense model," if slices else f"'{path}'"
@@ -74,17 +84,27 @@ def _said(path: Path, report: VerifyReport, slices: dict[str, Any]) -> list[str]
     lines = [f"{what} equals its reference ({report.reference}): {error}"]
     if slices:
         lines.append(
-            f"besides being cut, the weights were changed by {' and '.join(slices['changed_by'])}: "
-            f"{slices['slices_of_the_dense_model']} of {slices['parameters']} are the dense model's slices"
+            f"besides being cut, weights were changed by {' and '.join(slices['changed_by'])}: "
+            f"{slices['slices_of_the_dense_model']} of {slices['parameters']} parameters are the dense model's slices"
         )
+        lines.append("of the others only the shapes can be checked: their numbers are not the dense model's")
     return lines
 
 
-def _compare(pruned: nn.Module, small: nn.Module, plan: PrunePlan, path: Path) -> dict[str, int]:
+def _compare(
+    pruned: nn.Module, small: nn.Module, plan: PrunePlan, path: Path, free: Callable[[str], bool] | None
+) -> dict[str, int]:
     """How many parameters are still slices of the dense model's; all must have the shapes of slices.
 
+    Args:
+        pruned: The checkpoint.
+        small: What the plan makes of the dense model.
+        plan: The plan.
+        path: Of the checkpoint, for messages.
+        free: Which parameters may differ; None for all.
+
     Raises:
-        VerificationError: A parameter is missing or has another shape.
+        VerificationError: A parameter is missing, has another shape, or differs and may not.
     """
     drop, same, total = dropped_entries(plan), 0, 0
     own = dict(pruned.named_parameters(remove_duplicate=False))
@@ -94,7 +114,12 @@ def _compare(pruned: nn.Module, small: nn.Module, plan: PrunePlan, path: Path) -
             shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
             raise VerificationError(f"in '{path}' parameter '{name}' is {shape}; the plan makes it {tuple(slice_.shape)}")
         total += 1
-        same += int(torch.equal(found.detach(), slice_.detach().to(found.dtype)))
+        equal = torch.equal(found.detach(), slice_.detach().to(found.dtype))
+        if not equal and free is not None and not free(name):
+            raise VerificationError(
+                f"in '{path}' parameter '{name}' is not the dense model's slice, and nothing is known to have changed it"
+            )
+        same += int(equal)
     return {"parameters": total, "slices_of_the_dense_model": same}
 
 

@@ -102,6 +102,11 @@ class ShearResult:
     report: ShearReport
     directory: Path
 
+    def __repr__(self) -> str:
+        report = self.report
+        sizes = f"{report.parameters_before:,} -> {report.parameters_after:,} parameters ({-report.removed:+.1%})"
+        return f"ShearResult({type(self.model).__name__}, {sizes}, {report.form}, '{self.directory}')"
+
     @classmethod
     def read(cls, directory: str | os.PathLike[str], tokenizer: Any = None) -> ShearResult:
         """Out of a directory that a shearing wrote.

@@ -124,7 +124,8 @@ def shear(
         measures = bool(chosen.protect_share) or chosen.criterion != SALIENCY
         if measures and longest is not None and chosen.knowledge_length > longest:
             raise UsageError(
-                f"the model reads at most {longest} tokens, and knowledge_length is {chosen.knowledge_length}: lower it"
+                f"the model reads at most {longest} tokens, and knowledge_length is {chosen.knowledge_length}: lower it "
+                f"(knowledge_length={longest}; --set knowledge_length={longest})"
             )
         loaded = load_stages(curriculum, None, subject.tokenizer, chosen.training, progress=progress)
         for part in loaded.parts:

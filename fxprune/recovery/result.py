@@ -100,6 +100,11 @@ class RecoveryResult:
     tokenizer: Any = None
     subject: Subject = field(repr=False, kw_only=True)
 
+    def __repr__(self) -> str:
+        both = self.report.perplexity
+        change = "" if both is None else f", perplexity {both[0]:.2f} -> {both[1]:.2f}"
+        return f"RecoveryResult({type(self.model).__name__}, {self.report.steps} steps, {self.report.tokens:,} tokens{change})"
+
     def save_pretrained(self, directory: str | os.PathLike[str], *, overwrite: bool = False, max_shard_size: str = "5GB") -> None:
         """Write a checkpoint of the same form as the one it started from, read it back and compare before it appears.
 

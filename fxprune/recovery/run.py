@@ -182,7 +182,8 @@ class RecoveryRun:
         longest = longest_input(model)
         if longest is not None and self.length > longest:
             name = "length" if self.packing and settings.length > settings.cutoff else "cutoff"
-            raise UsageError(f"the model reads at most {longest} tokens, and {name} is {self.length}: lower it")
+            said = f"{name} is {self.length}: lower it ({name}={longest}; --{name} {longest})"
+            raise UsageError(f"the model reads at most {longest} tokens, and {said}")
 
     def _packing(self) -> bool:
         settings, model = self.settings, self.subject.model
