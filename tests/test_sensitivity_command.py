@@ -116,6 +116,7 @@ def test_what_it_writes_and_what_it_says_to_type_next_work(run: Run, place: Path
         assert words[-2:] == ["-o", "DIR"]
         done = run(*words[1:-2], "-o", str(tmp_path / "out"), *PLAIN, "--overwrite")
         assert done.status == 0
+        assert f"left whole {', '.join(names)}" in done.said
         plans.append(json.loads((tmp_path / "out" / "fxprune_plan.json").read_text()))
     assert ["--knowledge" in line for line in ran.out.splitlines()[-2:]] == [True, False]
     for plan in plans:

@@ -38,7 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError("--plot draws the recovery, and shear_share is 1: there is none")
     quiet_libraries()
     check_device(arguments.device)
-    console.print(f"recipe      {arguments.recipe or 'lorashear'}: {_said(settings.to_json())}", markup=False, highlight=False)
+    own = {name: value for name, value in settings.to_json().items() if name in given}
+    changes = f", with {_said(own)}" if own else ""
+    console.print(f"recipe      {arguments.recipe or 'lorashear'}{changes}", markup=False, highlight=False)
     try:
         with progress() as advance:
             result = shear(

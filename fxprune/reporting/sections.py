@@ -313,8 +313,11 @@ def _recipe(record: Record) -> Iterator[Block]:
     text = recipe_yaml(report)
     command = prune_command(report, name) or shear_command(report, name)
     if text:
-        limit = " (the limit is what was read, whether tokens or steps were given)" if "shearing" in report else ""
-        yield Text(f"The settings, as `fxprune_recipe.yaml` beside this page; run in its directory{limit}:")
+        limit = "; the limit is what was read, whether tokens or steps were given" if "shearing" in report else ""
+        yield Text(
+            "The settings, as `fxprune_recipe.yaml` beside this page. Run in its directory, with your paths in place of the names "
+            f"of model, texts and output{limit}:"
+        )
         yield Listing(command, "bash")
         yield Listing(text, "yaml")
     if (report.get("widths") or report.get("dropped")) and "shearing" not in report:
