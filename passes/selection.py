@@ -31,6 +31,7 @@ from ..errors import PlanError, UsageError, nearest
 from ..groups import KINDS, LAYERS, Groups, PruneGroup, layer_of
 from ..names import BLOCK_SCORES
 from ..plan import PrunePlan
+from ..wording import listed
 from .base import Pass
 from .blocks import guarded_layers, inside, least_left, open_blocks, ranked_blocks, room_of
 from .budget import Lane, Meter, Whole, fill, stop_at
@@ -42,9 +43,6 @@ from .sensitivity import CURVES, Curve, Curves
 DEFAULT_KINDS = ("kv_heads", "query_groups", "ffn")
 RANKINGS = ("local", "global", "standardised", "measured")
 WIDTHS = ("uniform", "per-layer")
-NAMED = 2
-"""Patterns that a message names."""
-
 NO_LAYERS = "{} ranking compares units by what goes with them; whole layers have no such score: use ranking='local'"
 
 
@@ -135,8 +133,7 @@ class Selection:
         said = [f"kinds={','.join(kind for kind, pace in self.pace.items() if pace > 0)}"]
         said += [f"{name}={value}" for name in ("protect_first", "protect_last", "floor") if (value := getattr(self, name))]
         if self.protect:
-            rest = len(self.protect) - NAMED
-            said.append(f"protect={','.join(self.protect[:NAMED])}" + (f" and {rest} more" if rest > 0 else ""))
+            said.append(f"protect={listed(self.protect, 2, ',')}")
         if self.multiple != 1:
             said.append(f"multiple={self.multiple}")
         return ", ".join(said)

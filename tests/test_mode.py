@@ -38,7 +38,7 @@ def test_every_module_gets_its_own_mode_back() -> None:
 def test_an_exported_module_too() -> None:
     """It refuses ``eval()``."""
     made: Any = torch.export.export(half_training(), (torch.ones(1, 2),)).module()
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="eval"):
         made.eval()
     made.training = True
     with evaluating(made):

@@ -19,11 +19,9 @@ from ..checkpoint.source import load_source
 from ..errors import UsageError
 from ..groups import family_of
 from ..passes.batches import Progress
+from ..wording import listed
 
 console = Console(stderr=True)
-
-NAMED = 4
-"""Names in a list that is cut short."""
 
 EVERY = 30.0
 """Seconds between two lines of progress in a log."""
@@ -125,9 +123,8 @@ def show_result(result: PruneResult) -> None:
     console.print(f"parameters  {report.parameters_before:,} -> {report.parameters_after:,}  ({-report.removed:+.2%})")
     for line in describe_widths(report.widths, report.dropped):
         console.print(f"  {line}")
-    if protect := list(report.recipe.get("protect") or ()):
-        more = f" and {len(protect) - NAMED} more" if len(protect) > NAMED else ""
-        console.print(f"left whole  {', '.join(protect[:NAMED])}{more}", markup=False, highlight=False)
+    if protect := report.recipe.get("protect"):
+        console.print(f"left whole  {listed(protect, 4)}", markup=False, highlight=False)
     if report.verify is not None:
         wide = (
             "" if report.verify.rounding is None else f", in float64 ({report.verify.rounding:.1e} with the model's own rounding)"

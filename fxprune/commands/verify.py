@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"'{path}' holds no {PLAN_FILE}: it is no checkpoint that fxprune wrote")
     plan = PrunePlan.load(path / PLAN_FILE)
     slices: dict[str, Any] = {}
-    changed = _changed(path)
+    written = _written(path)
+    changed = _changed(written)
     pruned, _ = load_model(arguments)
     dense, _ = load_source(arguments.dense, dtype=arguments.dtype)
     dense = dense.to(arguments.device)
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     if changed:
         small = rewrite(gm, plan)
         report = verify(gm, small, plan, inputs)
-        slices = {"changed_by": changed, **_compare(pruned, small, plan, path, _made_up(path))}
+        slices = {"changed_by": changed, **_compare(pruned, small, plan, path, _made_up(written))}
     else:
         report = verify(gm, _WithoutCache(pruned), plan, inputs)
     if arguments.json:
@@ -57,20 +58,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _changed(path: Path) -> list[str]:
-    """What has changed the weights, so that they are not the dense model's."""
+def _written(path: Path) -> dict[str, Any]:
+    """The checkpoint's report, empty if there is none to read."""
     try:
-        report = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return []
+        return {}
+    return found
+
+
+def _changed(report: Mapping[str, Any]) -> list[str]:
+    """What has changed the weights, so that they are not the dense model's."""
     made_up = (report.get("compensation") or {}).get("method")
     trained = [what for what in ("shearing", "recovery") if report.get(what)]
     return [*([f"compensation ({made_up})"] if made_up else []), *trained]
 
 
-def _made_up(path: Path) -> Callable[[str], bool] | None:
+def _made_up(report: Mapping[str, Any]) -> Callable[[str], bool] | None:
     """Which parameters compensation may have changed, by name; None where training may have changed any."""
-    report = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
     if report.get("shearing") or report.get("recovery"):
         return None
     maps = set(report["compensation"].get("maps") or ())
