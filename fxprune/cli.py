@@ -162,7 +162,11 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--protect-first", type=int, metavar="K", help="leave the first K layers whole")
     what.add_argument("--protect-last", type=int, metavar="K", help="leave the last K layers whole")
     what.add_argument("--protect", action="append", metavar="PATTERN", help="leave groups of this name whole")
-    what.add_argument("--knowledge", metavar="FILE", help="what fxprune sensitivity -o FILE wrote: leave what matters most whole")
+    what.add_argument(
+        "--knowledge",
+        metavar="FILE",
+        help="what fxprune sensitivity -o FILE wrote, or a sheared checkpoint: leave what matters most whole",
+    )
     what.add_argument("--protect-share", type=float, metavar="SHARE", help="with --knowledge: how much of it (default 0.1)")
     what.add_argument("--multiple", type=int, help="round widths to a multiple (heads excepted)")
     what.add_argument("--floor", type=float, help="least share of units that a group keeps")
@@ -302,7 +306,9 @@ def _shear(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--protect-share", type=float, metavar="SHARE", help="of the groups that matter most, left whole (default 0.1)"
     )
-    what.add_argument("--knowledge", metavar="FILE", help="what fxprune sensitivity -o FILE wrote, instead of measuring")
+    what.add_argument(
+        "--knowledge", metavar="FILE", help="what fxprune sensitivity -o FILE wrote, or a sheared checkpoint, instead of measuring"
+    )
     text = parser.add_argument_group("text", "a file, a datasets name, or a mixture: a.jsonl=0.7,b.txt=0.3")
     text.add_argument("--data", required=True, help="what to shear on, and recovery's first stage")
     text.add_argument("--then", action="append", metavar="DATA", help="recovery's next stage; may be given several times")

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -19,6 +20,7 @@ from rich.text import Text
 from .errors import UsageError, nearest
 from .files import read_json, write_whole
 from .groups import LAYERS, Groups, family_of
+from .names import REPORT_FILE
 from .plotting import check_plot, new_figure, save_figure
 
 FORMAT = 1
@@ -195,12 +197,12 @@ class Knowledge:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Knowledge:
-        """Read a file that `save` wrote.
+        """Read a file that `save` wrote, or what a checkpoint that was sheared (a directory) says of the model it was made from.
 
         Raises:
             UsageError: The file is missing, is no JSON, or holds something else.
         """
-        data = read_json(path)
+        data = read_json(path) if not os.path.isdir(path) else _measured_for(path)
         try:
             return cls.from_json(data)
         except UsageError as error:
@@ -256,6 +258,16 @@ def _lines(rows: Sequence[Removal]) -> dict[str, list[Removal]]:
 def _role(row: Removal) -> str:
     """The group's family, or the list that a block is an entry of."""
     return row.name.rpartition(".")[0] if row.kind == LAYERS else family_of(row.name)
+
+
+def _measured_for(directory: str | os.PathLike[str]) -> Any:
+    """The part of a checkpoint's report that has the knowledge."""
+    report = read_json(Path(directory, REPORT_FILE), called="the report of a shearing")
+    for name in ("shearing", "knowledge"):
+        report = report.get(name) if isinstance(report, Mapping) else None
+    if report is None:
+        raise UsageError(f"'{os.fspath(directory)}' holds no knowledge: one that was sheared with a protect_share does")
+    return report
 
 
 def plain(value: Any) -> Any:

@@ -90,8 +90,9 @@ def test_the_report_has_a_section_for_each_stage(whole: ShearResult) -> None:
     report = whole.report
     assert report.knowledge is not None
     assert report.recovery is not None
-    assert set(report.knowledge["groups"]) == {f"model.layers.{i}.{g}" for i in (0, 1) for g in ("self_attn.kv_heads", "mlp.ffn")}
-    most = max(report.knowledge["groups"], key=lambda name: report.knowledge["groups"][name]["loss_change"])  # type: ignore[index]
+    costs = {row["name"]: row["loss_change"] for row in report.knowledge["rows"]}
+    assert set(costs) == {f"model.layers.{i}.{g}" for i in (0, 1) for g in ("self_attn.kv_heads", "mlp.ffn")}
+    most = max(costs, key=costs.__getitem__)
     assert report.knowledge["protected"] == [most]  # a tenth of four groups, rounded up
     assert most not in whole.plan.keep
     assert report.knowledge["text"] == "4 x 20 tokens held out of kept.jsonl, lost.jsonl"
@@ -281,6 +282,15 @@ def test_knowledge_that_was_measured_before(files: list[str], tmp_path: Path, wh
     with pytest.raises(UsageError, match="the knowledge was measured on another model"):
         sheared(tmp_path / "other", files[0], knowledge=foreign)
     assert sorted(os.listdir(tmp_path)) == ["known.json", "out"]
+    before = whole.report.knowledge
+    assert before is not None
+    assert fxprune.Knowledge.load(whole.directory).to_json() == {key: value for key, value in before.items() if key != "protected"}
+    again = sheared(tmp_path / "again", files[0], knowledge=whole.directory, shear_share=1, steps=6)
+    assert again.report.knowledge == before
+    assert again.report.seconds["knowledge"] == 0
+    bare = sheared(tmp_path / "bare", files[0], protect_share=0, shear_share=1, steps=6)
+    with pytest.raises(UsageError, match=r"bare' holds no knowledge: one that was sheared with a protect_share does"):
+        sheared(tmp_path / "other", files[0], knowledge=bare.directory)
 
 
 def test_knowledge_that_puts_the_target_out_of_reach(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ SMALL = (
     "--second",
     "alpaca",
     "--rows",
-    "llm-pruner,lorashear,one-shot",
+    "llm-pruner,lorashear,one-shot,kfac-no-knowledge",
 )
 SET = (
     "--set",
@@ -58,7 +58,7 @@ def test_rows_at_equal_tokens_that_go_on(
     with pytest.raises(KeyboardInterrupt):
         call(lorashear.main, place, output, *SMALL, *SET, "--work", str(work))
     assert [row["name"] for row in book(output)["rows"]] == ["dense", "llm-pruner"]
-    assert (work / "lorashear-0.05").is_dir()
+    kept = next(work.glob("lorashear-0.05-????????"))
     with monkeypatch.context() as patch:
         shear, begun = fxprune.shear, list[Path]()
 
@@ -68,29 +68,40 @@ def test_rows_at_equal_tokens_that_go_on(
 
         patch.setattr(fxprune, "shear", watched)
         assert call(lorashear.main, place, output, *SMALL, *SET, "--work", str(work)) == 0
-        assert [path.name for path in begun] == ["one-shot-0.05"]
+        assert [path.name.rpartition("-")[0] for path in begun] == ["one-shot-0.05", "kfac-no-knowledge-0.05"]
     rows = book(output)["rows"]
-    assert [row["name"] for row in rows] == ["dense", "llm-pruner", "lorashear", "one-shot"]
+    assert [row["name"] for row in rows] == ["dense", "llm-pruner", "lorashear", "one-shot", "kfac-no-knowledge"]
     for row in rows[1:]:
         assert "error" not in row, row
         assert row["removed"] == pytest.approx(0.05, abs=0.01)
         assert 1100 < row["tokens"]["total"] <= 1500
         assert [list(stage) for stage in row["recovery"]["curriculum"]["stages"]][1] == ["alpaca.jsonl.gz"]
         assert set(row["perplexity"]) == {"wikitext2", "ptb", "c4", "books"}
-    peer, ours, once = rows[1:]
+    peer, ours, once, without = rows[1:]
     assert peer["tokens"]["shearing"] == 0 < ours["tokens"]["shearing"]
     assert peer["recovery"]["curriculum"]["weights"] == "static"
     assert ours["recovery"]["curriculum"]["weights"] == "dynamic"
     assert peer["recovery"]["settings"]["rank"] == ours["recovery"]["settings"]["rank"] == 2
     assert (len(ours["lhspg"]["periods"]), len(once["lhspg"]["periods"])) == (2, 1)
+    assert once["knowledge"] == ours["knowledge"], "taken over"
+    assert once["seconds"]["knowledge"] == 0 < ours["seconds"]["knowledge"]
+    assert (without["knowledge"], without["settings"]["criterion"]) == (None, "kfac")
     assert "| one-shot | 5% |" in capsys.readouterr().out
     assert str(place) not in output.read_text()
     assert str(tmp_path) not in output.read_text()
     assert "--work DIR" in book(output)["runs"][0]["command"]
     assert "--texts" not in book(output)["runs"][0]["command"], "no option"
     monkeypatch.setattr(fxprune, "shear", None)
+    monkeypatch.setattr(fxprune, "recover", None)
     assert call(lorashear.main, place, output, *SMALL, *SET, "--work", str(work)) == 0
     assert book(output)["rows"] == rows
+    assert call(lorashear.main, place, output, *SMALL, *SET, "--work", str(work), "--windows", "2") == 0
+    again = book(output)["rows"][len(rows) :]
+    assert [row["name"] for row in again] == [row["name"] for row in rows]
+    for row, before in zip(again[1:], rows[1:], strict=True):
+        assert row["perplexity"]["ptb"]["windows"] == 2
+        assert (row["tokens"], row["seconds"]) == (before["tokens"], before["seconds"]), "measured again, not trained again"
+    assert kept.is_dir()
 
 
 def test_what_it_refuses(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

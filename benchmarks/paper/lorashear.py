@@ -1,19 +1,24 @@
-"""LoRAShear beside LLM-Pruner's recipe at equal total training tokens, and LoRAShear without one of its parts.
+"""LoRAShear beside pruning at once at equal total training tokens, and LoRAShear without one of its parts.
 
     python -m benchmarks.paper.lorashear --data DIR --work DIR --tokens 20000000 --ratios 0.2 0.5 --tasks
     python -m benchmarks.paper.lorashear --data DIR --tokens 200000 --ratios 0.2 --rows llm-pruner,lorashear --set batch_size=8
 
-``llm-pruner`` prunes by LLM-Pruner's recipe and trains on all the tokens afterwards, through the same stages of sources with fixed
-weights, with the same settings of adapters. ``lorashear`` is the recipe of that name: shearing counts as training. Of the others
+Rows that prune at once train on all the tokens afterwards, through the same stages of sources with fixed weights, with the same
+settings of adapters: ``llm-pruner`` by LLM-Pruner's recipe, ``kfac-at-once`` by the same with ``kfac`` for a criterion,
+``default-at-once`` by the recipe ``default``. ``lorashear`` is the recipe of that name: shearing counts as training. Of the others
 ``no-knowledge`` protects nothing, ``one-shot`` takes all units at once after the warm-up, ``static`` recovers with fixed weights;
-``kfac`` and ``taylor1`` rank units by importance measured on text before anything is trained, in place of the paper's saliency.
-No stage of recovery ends early, so that all rows read the same number of tokens. A run that was cut off goes on where it was, with
-``--work DIR`` also within a row.
+``kfac`` and ``taylor1`` rank units by importance measured on text before anything is trained, in place of the paper's saliency, and
+``kfac-no-knowledge``, ``kfac-one-shot``, ``kfac-static`` leave a part out of ``kfac``.
+
+No stage of recovery ends early, so that all rows read the same number of tokens. Knowledge is measured for the first row that wants
+it, and taken over by the others. A run that was cut off goes on where it was; ``--work DIR`` keeps the checkpoints of all rows, and
+goes on within one. With it, rows can be measured again (other texts' windows, ``--tasks``) without being trained again.
 """
 
 from __future__ import annotations
 
-import time
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,25 +28,42 @@ from torch import nn
 import fxprune
 from benchmarks.paper.bench import Bench
 from benchmarks.paper.common import EVALUATION, TRAINING, Book, Row, parser, pick, run, show
-from benchmarks.paper.criteria import COLUMNS, measure_dense, measured, setting, settle_tasks, task_options
+from benchmarks.paper.criteria import COLUMNS, constrained, measure_dense, measured, setting, settle_tasks, task_options
 from benchmarks.paper.criteria import ROWS as CRITERIA
+from fxprune.checkpoint.source import load_source
 from fxprune.errors import FxPruneError
+from fxprune.files import write_whole
 from fxprune.lorashear.settings import settle
 
-PEER = "llm-pruner"
-ROWS: dict[str, dict[str, Any]] = {
-    PEER: {},
-    "lorashear": {},
+AT_ONCE: dict[str, dict[str, Any]] = {
+    "llm-pruner": CRITERIA["element1"],
+    "kfac-at-once": constrained("kfac"),
+    "default-at-once": CRITERIA["default"],
+}
+"""Recipes of rows that are pruned at once and then recovered."""
+
+WITHOUT: dict[str, dict[str, Any]] = {
     "no-knowledge": {"protect_share": 0.0},
     "one-shot": {"one_shot": True},
     "static": {"curriculum": "static"},
-    "kfac": {"criterion": "kfac"},
-    "taylor1": {"criterion": "taylor1"},
 }
-"""What each row changes in the recipe ``lorashear``."""
+"""LoRAShear without one of its parts."""
+
+SHEARED: dict[str, dict[str, Any]] = {
+    "lorashear": {},
+    **WITHOUT,
+    **{name: {"criterion": name} for name in ("kfac", "taylor1")},
+    **{f"kfac-{name}": {"criterion": "kfac", **change} for name, change in WITHOUT.items()},
+}
+"""What each of the other rows changes in the recipe ``lorashear``."""
+
+ROWS = (*AT_ONCE, *SHEARED)
 
 EQUAL = {"patience": 0}
 """What makes every row read all of its tokens."""
+
+AFTER_KNOWLEDGE = {name for change in SHEARED.values() for name in change}
+"""Settings that knowledge does not depend on."""
 
 SHOWN: dict[str, Callable[[Row], Any]] = {
     **{name: COLUMNS[name] for name in ("row", "asked", "removed", "parameters", "form")},
@@ -49,6 +71,7 @@ SHOWN: dict[str, Callable[[Row], Any]] = {
     "tokens": lambda r: f"{r['tokens']['total']:,}",
     **{name: COLUMNS[name] for name in ("WikiText-2", "PTB", "C4")},
     "books": lambda r: r["perplexity"]["books"]["perplexity"],
+    "tasks (%)": lambda r: 100 * r["tasks"]["average"],
     **{name: COLUMNS[name] for name in ("kept (%)", "seconds")},
 }
 
@@ -69,10 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     task_options(made)
     made.set_defaults(texts=tuple(EVALUATION))
     a = made.parse_args(arguments)
-    names = pick(a.rows, list(ROWS))
+    names = pick(a.rows, ROWS)
     stages = [pick(typed, list(TRAINING)) for typed in (a.first, a.second)]
     for name in names:
-        settle(None, {**ROWS[name], **EQUAL, **dict(a.set)})
+        settle(None, {**SHEARED.get(name, {}), **EQUAL, **dict(a.set)})
     settle_tasks(a)
     bench = Bench(a)
     bench.data.check([name for stage in stages for name in stage])
@@ -84,20 +107,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(bench: Bench, book: Book, name: str, ratio: float, stages: Sequence[Sequence[str]]) -> Row:
     """One row, out of the book if it is there."""
     a = bench.arguments
-    settings = {**ROWS[name], **EQUAL, **dict(a.set), "seed": a.seed}
-    recipe = {**settings, **({"criterion": CRITERIA["element1"]} if name == PEER else {})}
+    settings = {**SHEARED.get(name, {}), **EQUAL, **dict(a.set), "seed": a.seed}
+    recipe = {**settings, **({"criterion": AT_ONCE[name]} if name in AT_ONCE else {})}
     wanted = {"names": a.tasks, "limit": a.limit} if a.tasks else None
-    training = {"tokens": a.tokens, "stages": [list(stage) for stage in stages], "tasks": wanted}
-    key = {"row": name, "ratio": ratio, **bench.settings(recipe), **training}
+    training = {"tokens": a.tokens, "stages": [list(stage) for stage in stages]}
+    key = {"row": name, "ratio": ratio, **bench.settings(recipe), **training, "tasks": wanted}
     row = book.find(key)
     if row is not None:
         return row
     print(f"{name}, {ratio:.0%} ...", flush=True)
     texts = [[str(bench.data.training(source)) for source in stage] for stage in stages]
-    start = time.perf_counter()
     try:
-        model, facts = (_pruned if name == PEER else _sheared)(bench, name, ratio, texts, settings)
-        facts["seconds"] = {**facts["seconds"], "all but evaluation": round(time.perf_counter() - start, 1)}
+        if name in AT_ONCE:
+            model, facts = _pruned(bench, AT_ONCE[name], ratio, texts, settings, _place(bench, key))
+        else:
+            known = _knowledge(book, key) if settings.get("protect_share") != 0 else None
+            model, facts = _sheared(bench, ratio, texts, settings, known, _place(bench, key))
         row = {"key": key, "name": name, **facts, **measured(bench, model)}
     except FxPruneError as error:
         row = {"key": key, "name": name, "error": f"{type(error).__name__}: {error}"}
@@ -105,16 +130,39 @@ def measure(bench: Bench, book: Book, name: str, ratio: float, stages: Sequence[
     return row
 
 
+def _place(bench: Bench, key: Row) -> Path:
+    """Where a row's checkpoint is kept: a directory for all that it depends on, which is not how it is measured."""
+    kept = {name: value for name, value in key.items() if name not in ("windows", "tasks")}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return (bench.arguments.work or bench.data.scratch) / f"{key['row']}-{key['ratio']:g}-{digest[:8]}"
+
+
+def _knowledge(book: Book, key: Row) -> fxprune.Knowledge | None:
+    """What an earlier row found out about the same model by the same text, if there is one."""
+
+    def of(other: Row) -> Row:
+        recipe = {name: value for name, value in other.get("recipe", {}).items() if name not in AFTER_KNOWLEDGE}
+        return {"recipe": recipe, **{name: other.get(name) for name in ("model", "dtype", "seed", "stages")}}
+
+    wanted = of(json.loads(json.dumps(key)))
+    found = (r["knowledge"] for r in book.rows if r.get("knowledge") and of(r["key"]) == wanted)
+    return next((fxprune.Knowledge.from_json(one) for one in found if "fxprune_knowledge" in one), None)
+
+
 def _sheared(
-    bench: Bench, name: str, ratio: float, texts: Sequence[Sequence[str]], settings: Mapping[str, Any]
+    bench: Bench,
+    ratio: float,
+    texts: Sequence[Sequence[str]],
+    settings: Mapping[str, Any],
+    known: fxprune.Knowledge | None,
+    output: Path,
 ) -> tuple[nn.Module, Row]:
     """LoRAShear, or what is left of it."""
     a = bench.arguments
-    output = (a.work or bench.data.scratch) / f"{name}-{ratio:g}"
-    if output.is_dir():  # cut off while it was evaluated
+    if output.is_dir():
         result = fxprune.ShearResult.read(output, bench.tokenizer)
     else:
-        options: dict[str, Any] = {"then": texts[1:], "tokens": a.tokens, "output": output, **settings}
+        options: dict[str, Any] = {"then": texts[1:], "tokens": a.tokens, "knowledge": known, "output": output, **settings}
         result = fxprune.shear(bench.model, ratio, texts[0], tokenizer=bench.tokenizer, **options)
     report = result.report
     tokens = {"shearing": report.tokens["total"] - report.tokens["recovery"], "total": report.tokens["total"]}
@@ -131,20 +179,32 @@ def _sheared(
 
 
 def _pruned(
-    bench: Bench, _: str, ratio: float, texts: Sequence[Sequence[str]], settings: Mapping[str, Any]
+    bench: Bench,
+    criterion: Mapping[str, Any],
+    ratio: float,
+    texts: Sequence[Sequence[str]],
+    settings: Mapping[str, Any],
+    output: Path,
 ) -> tuple[nn.Module, Row]:
-    """LLM-Pruner: prune, then train with fixed weights."""
-    result, facts = bench.prune(CRITERIA["element1"], ratio)
+    """Prune at once, then train with fixed weights."""
+    a, said = bench.arguments, output.with_name(f"{output.name}.json")
+    if said.is_file():
+        return load_source(output)[0].to(a.device), json.loads(said.read_text())
+    result, facts = bench.prune(criterion, ratio)
     chosen = settle(None, {**settings, "curriculum": "static"})
-    options: dict[str, Any] = {"recipe": chosen.training, "max_tokens": bench.arguments.tokens, "tokenizer": bench.tokenizer}
+    options: dict[str, Any] = {"recipe": chosen.training, "max_tokens": a.tokens, "tokenizer": bench.tokenizer}
     recovered = fxprune.recover(result, curriculum=chosen.lessons(texts), **options)
     report = recovered.report
-    return recovered.model, {
+    row = {
         **facts,
         "tokens": {"shearing": 0, "total": report.tokens},
         "seconds": {**facts["seconds"], "recovery": report.seconds},
         "recovery": {n: v for n, v in report.to_json().items() if n in ("curriculum", "settings", "steps", "choices")},
     }
+    if a.work is not None:
+        recovered.save_pretrained(output, overwrite=True)
+        write_whole(said, json.dumps(row))
+    return recovered.model, row
 
 
 if __name__ == "__main__":

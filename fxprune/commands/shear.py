@@ -80,7 +80,7 @@ def _show(report: ShearReport) -> None:
     )
     if report.knowledge is not None:
         kept = report.knowledge["protected"]
-        console.print(f"knowledge   {len(report.knowledge['groups'])} groups measured on {report.knowledge['text']}", markup=False)
+        console.print(f"knowledge   {len(report.knowledge['rows'])} groups measured on {report.knowledge['text']}", markup=False)
         console.print(f"  left whole: {', '.join(kept)}", markup=False)
     for number, period in enumerate(report.lhspg["periods"], start=1):
         kinds = ", ".join(f"{count} of {kind}" for kind, count in period["kinds"].items()) or "none"

@@ -29,8 +29,8 @@ class ShearReport:
         parameters_before: Of the dense model.
         parameters_after: Of the pruned one.
         form: Of the checkpoint, as in `fxprune.PruneReport`.
-        knowledge: What the knowledge distribution analysis found: ``groups`` (each with ``loss_change`` and ``rank``),
-            ``protected``, ``text``, ``tokens``; None without one.
+        knowledge: What the knowledge distribution analysis found, as `fxprune.Knowledge.from_json` reads it, and ``protected``, the
+            groups that stayed whole for it; None without one.
         lhspg: The schedule, ``periods`` (`fxprune.LHSPG.history`, each with its ``tokens``), ``history`` (columns ``step``,
             ``loss``, ``lr``, ``tokens``), ``left_out`` (why other groups stayed whole) and how adapters were trained.
         prune: How exact the removal is: ``zeros`` (numbers of the trained model that went, all of them exactly 0), ``verify``,

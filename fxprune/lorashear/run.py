@@ -80,7 +80,8 @@ def shear(
         steps: Instead of tokens: optimizer steps altogether.
         tokenizer: By default the model's own.
         recipe: A name of `fxprune.recipes.SHEARINGS`, a YAML file, or a mapping.
-        knowledge: What `fxprune.measure_knowledge` or ``fxprune sensitivity`` found, instead of measuring.
+        knowledge: What `fxprune.measure_knowledge` or ``fxprune sensitivity`` found, or the directory of a checkpoint that was
+            sheared from the same model, instead of measuring.
         overwrite: Replace an existing checkpoint at the output.
         restart: Drop what an interrupted run left.
         device: Where to run; by default where the model is, for a directory the CPU.
@@ -216,7 +217,7 @@ class _Shearing:
             parameters_before=report.parameters_before,
             parameters_after=report.parameters_after,
             form=report.form,
-            knowledge=None if knowledge is None else _known(knowledge, protect),
+            knowledge=None if knowledge is None else {**knowledge.to_json(), "protected": list(protect)},
             lhspg=_trained(parts, training),
             prune=exact,
             recovery=None,
@@ -273,19 +274,6 @@ def _link(file: Path, target: Path) -> None:
         except OSError:
             pass
     shutil.copytree(file, target) if file.is_dir() else shutil.copyfile(file, target)
-
-
-def _known(knowledge: Knowledge, protected: Sequence[str]) -> dict[str, Any]:
-    """The report's part on knowledge."""
-    data = knowledge.to_json()
-    return {
-        "by": data["by"],
-        "text": data["text"],
-        "loss": data["loss"],
-        "groups": {row["name"]: {n: row[n] for n in ("kind", "rank", "loss_change", "divergence")} for row in data["rows"]},
-        "unmeasured": data["unmeasured"],
-        "protected": list(protected),
-    }
 
 
 def _trained(parts: Parts, training: ShearTraining) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def shearing_blocks(shearing: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _knowledge(knowledge: Mapping[str, Any]) -> Iterator[Block]:
-    rows = knowledge["groups"]
+    rows = {row["name"]: row for row in knowledge["rows"]}
     kinds: dict[str, list[tuple[float, float]]] = {}
     for name, row in rows.items():
         if (layer := layer_of(name)) is not None:
