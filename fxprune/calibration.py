@@ -41,7 +41,7 @@ def load_calibration(
         model: Samples its own text; gives the device.
         tokenizer: Needed for text.
         samples: Number of sequences; cut at seeded random places of the tokenised text.
-        length: Tokens of each.
+        length: Tokens of each; no more than the model reads.
         batch_size: Samples in each batch; what is held in memory at a time.
         seed: Of the sampling.
 
@@ -57,6 +57,7 @@ def load_calibration(
         raise UsageError(f"calibration needs at least 1 sample of 2 tokens, got samples={samples}, length={length}")
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+    length = min(length, longest_input(model) or length)
     if source is None:
         ids = sample_from(model, samples, length, seed)
         return _batches(ids, batch_size), f"{samples} x {length} tokens sampled from the model, seed {seed}"
@@ -155,6 +156,14 @@ def vocabulary_of(model: nn.Module) -> tuple[int, int] | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     size, start = getattr(text, "vocab_size", None), getattr(text, "bos_token_id", None)
     return (size, start if isinstance(start, int) else 0) if isinstance(size, int) else None
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """Positions that the model was made for, None if it does not say."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _next(model: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:

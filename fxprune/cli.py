@@ -9,10 +9,13 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from ._version import __version__
-from .errors import FxPruneError, UsageError
+from .errors import FxPruneError, PlanError, UsageError
+
+TEXT = ("--calibration", "--data", "--text")
+"""What text is called by commands that calibrate, train and measure."""
 
 MODEL = "a hub id, a local directory, a .gguf file, or a checkpoint that fxprune wrote"
 
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if cause is None or arguments.verbose > 1:
             raise
         print(f"fxprune: {cause}", file=sys.stderr)
-        return 2 if isinstance(cause, UsageError) else 1
+        return 2 if isinstance(cause, UsageError | PlanError) else 1
 
 
 def _own(error: BaseException | None) -> FxPruneError | None:
@@ -91,7 +94,7 @@ def _mapping(text: str) -> dict[str, float]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses what it does not know where it stands: with the command's own usage, and the nearest option that it has."""
+    """Refuses what it does not know in a line: with the command's own name, and the nearest option that it has."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **options})
@@ -101,9 +104,14 @@ class _Parser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             options = re.findall(r"--[a-z][a-z-]*", self.format_help())
-            close = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
+            typed = unknown[0].partition("=")[0]
+            close = [name for name in TEXT if typed in TEXT and name in options] or difflib.get_close_matches(typed, options, n=1)
             self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean '{close[0]}'?" if close else ""))
         return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and where the options stand, rather than all of them."""
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help shows what it takes\n")
 
 
 def _parser() -> argparse.ArgumentParser:

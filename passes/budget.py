@@ -135,7 +135,7 @@ def fill(meter: Meter, steps: Whole, ratio: float, limits: str) -> list[int | No
     if meter.left(everything) - target > 1e-3 * meter.total:  # not even with every step
         raise PlanError(
             f"a ratio of {ratio:.1%} cannot be reached: with {limits} at most {1 - meter.left(best) / meter.total:.1%} "
-            "of the parameters can go"
+            "of the parameters can go; ask for less, or leave less whole"
         )
     return meter.stops(best)
 

@@ -253,7 +253,7 @@ def select(
     if block_scores is not None and chosen.pace.get(LAYERS, 0) > 0:
         facts[BLOCK_SCORES] = {path: float(f"{value:.4g}") for path, value in block_scores.items()}
     if chosen.ratio is not None and abs(removed - chosen.ratio) > 1e-3:
-        notes.append(f"asked for {chosen.ratio:.2%} of the parameters; the nearest that the units allow is {removed:.2%}")
+        notes.append(f"asked for {chosen.ratio:.2%} of the parameters: the nearest that the units allow is {removed:.2%}")
     if notes:
         facts["note"] = "; ".join(notes)
     if not keep and not drop:

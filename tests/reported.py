@@ -146,7 +146,9 @@ def shearing() -> dict[str, Any]:
         "removed": 0.25,
         "knowledge": {
             "text": "32 x 16 tokens",
-            "groups": {f"model.layers.{i}.mlp.ffn": {"kind": "ffn", "rank": i + 1, "loss_change": 0.5 - i / 10} for i in range(3)},
+            "rows": [
+                {"name": f"model.layers.{i}.mlp.ffn", "kind": "ffn", "rank": i + 1, "loss_change": 0.5 - i / 10} for i in range(3)
+            ],
             "protected": ["model.layers.0.mlp.ffn"],
         },
         "lhspg": {"periods": periods, "history": {"step": [1, 2, 3], "loss": [3.0, 2.5, 2.25]}},

@@ -332,7 +332,11 @@ def test_models_that_cannot_sample() -> None:
     }
     short = GPT2LMHeadModel(GPT2Config(**sizes))
     assert load(None, model=short, length=4)[0].shape == (4, 4)
-    assert error(None, model=short, length=5) == (
+    batches, label = load_calibration(None, model=short, samples=3, length=5)
+    assert batches[0]["input_ids"].shape == (3, 4)
+    assert label == "3 x 4 tokens sampled from the model, seed 0", "no more than it reads"
+    short.transformer.wpe = nn.Embedding(2, 8)  # fewer positions than the configuration says
+    assert error(None, model=short, length=4) == (
         "GPT2LMHeadModel cannot sample its own calibration text (IndexError: index out of range in self): pass calibration="
     )
     with torch.device("meta"):

@@ -116,6 +116,20 @@ def test_other_protocols_have_lines_of_their_own(tmp_path: Path) -> None:
     assert "128 tokens by share removed" not in found.html(), "numbers that cannot be compared make no curve"
 
 
+def test_one_text_under_two_names(tmp_path: Path) -> None:
+    other = evaluation(overlaps=[])
+    for part in (other, other["dense"]):
+        part["perplexities"][0]["text"] = "wikitext2"
+    directories = [
+        write(tmp_path / name, report(perplexity=None), made) for name, made in (("one", evaluation(overlaps=[])), ("two", other))
+    ]
+    (note,) = fxprune.compare(*directories).notes
+    assert note == (
+        "perplexity, wiki, 128 tokens and perplexity, wikitext2, 128 tokens are of one text under 2 names: name it alike to have "
+        "one line (8,128 tokens of wiki.txt, rows by protocol llm-pruner, 64 windows of 128, stride 128)"
+    )
+
+
 def test_two_protocols_that_all_have_need_no_word(tmp_path: Path) -> None:
     twice = evaluation(overlaps=[])
     for part in (twice, twice["dense"]):

@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune
 from fxprune import PrunePlan
+from fxprune.calibration import longest_input
 from fxprune.cost import Cost, costs
 from fxprune.errors import FxPruneError, UsageError
-from fxprune.evaluation import longest_input, measure_latency, perplexity
+from fxprune.evaluation import measure_latency, perplexity
 from fxprune.groups import Groups
 from fxprune.passes.selection import select
 

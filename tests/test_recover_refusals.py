@@ -78,8 +78,6 @@ def test_data_that_cannot_be_used(text: Path, tmp_path: Path) -> None:
             {"data": str(tmp_path / "same.jsonl"), "validation": str(tmp_path / "held.jsonl")},
             "the evaluation text 'held.jsonl' overlaps with the training text 'same.jsonl': 100.0% of its 13-word sequences",
         ),
-        ({"cutoff": 80}, "the model reads at most 64 tokens, and cutoff is 80: lower it (cutoff=64; --cutoff 64)"),
-        ({"length": 80}, "the model reads at most 64 tokens, and length is 80: lower it"),
     ]
     for changes, said in cases:
         given = {"data": str(text), **changes}
@@ -92,7 +90,7 @@ def test_data_that_cannot_be_used(text: Path, tmp_path: Path) -> None:
         trained(build("llama", vocab_size=50), str(text), tokenizer=tokenizer())
 
 
-def test_examples_that_were_read_already(text: Path) -> None:
+def test_examples_that_were_read_already(text: Path, tmp_path: Path) -> None:
     examples = load_examples(str(text), tokenizer(), cutoff=24)
     assert losses(trained(pruned(), examples)) == losses(trained(pruned(), str(text)))
     assert losses(trained(pruned(), examples, cutoff=12)) == losses(trained(pruned(), str(text)))
@@ -100,6 +98,18 @@ def test_examples_that_were_read_already(text: Path) -> None:
         trained(pruned(), examples.select([]))
     with pytest.raises(UsageError, match="an example has 22 tokens, more than cutoff=12: set it to 22"):
         trained(pruned(), str(text), cutoff=12, validation=examples)
+    (long := tmp_path / "long.jsonl").write_text(
+        json.dumps({"text": " ".join(f"w{i % 94}" for i in range(80))}) + "\n" + text.read_text()
+    )
+    with pytest.raises(UsageError, match="the model reads at most 64 tokens, and an example has 80"):
+        trained(pruned(), load_examples(str(long), tokenizer(), cutoff=80))
+
+
+def test_lengths_that_a_model_does_not_read(text: Path) -> None:
+    result = trained(pruned(), str(text), cutoff=80, length=90)
+    assert losses(result) == losses(trained(pruned(), str(text), cutoff=64, length=64))
+    assert (result.report.settings["cutoff"], result.report.settings["length"]) == (64, 64)
+    assert "cutoff 80 and length 90 became 64: the model reads no more tokens" in result.report.notes
 
 
 def test_a_graph_of_fixed_sizes(text: Path) -> None:

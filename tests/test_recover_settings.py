@@ -68,6 +68,16 @@ def test_what_is_refused(changes: dict[str, Any], said: str) -> None:
     assert said in str(caught.value)
 
 
+def test_lengths_are_no_more_than_a_model_reads() -> None:
+    whole = Recovery(cutoff=512, length=1024)
+    assert whole.within(None) == whole.within(1024) == (whole, [])
+    assert whole.within(512) == (Recovery(cutoff=512, length=512), ["length 1,024 became 512: the model reads no more tokens"])
+    assert whole.within(64) == (
+        Recovery(cutoff=64, length=64),
+        ["cutoff 512 and length 1,024 became 64: the model reads no more tokens"],
+    )
+
+
 def test_an_unknown_recipe() -> None:
     with pytest.raises(
         UsageError, match=r"unknown recipe 'llm_pruner'; did you mean 'llm-pruner'\? Choose from: default, llm-pruner"

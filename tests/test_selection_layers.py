@@ -38,7 +38,7 @@ def test_protected_layers_stay_whole(coarse: Groups) -> None:
     with pytest.raises(
         PlanError,
         match=r"^a ratio of 15.0% cannot be reached: with kinds=kv_heads,query_groups,ffn, protect_last=7 at most 0.0% of the "
-        r"parameters can go$",
+        r"parameters can go; ask for less, or leave less whole$",
     ):
         touched(protect_last=7)
 
@@ -57,7 +57,7 @@ def test_layers_are_dropped_from_the_end_or_by_influence(coarse: Groups) -> None
     assert select(coarse, {}, units={"layers": 0.25}, protect_last=1).drop == ("model.layers.2",)
     kept = select(coarse, {}, ratio=half, kinds="layers", protect=["model.layers.3.*"], protect_first=1)
     assert kept.drop == ("model.layers.1", "model.layers.2")  # a protected group protects its block
-    with pytest.raises(PlanError, match=r"at most \d+\.\d% of the parameters can go$"):
+    with pytest.raises(PlanError, match=r"at most \d+\.\d% of the parameters can go; ask for less, or leave less whole$"):
         select(coarse, {}, ratio=0.9, kinds="layers", floor=0.5)
     ranked = select(coarse, {}, units=0.5, kinds="layers", block_scores=influence)
     assert ranked.recipe["block_scores"] == influence
@@ -67,7 +67,7 @@ def test_layers_are_dropped_from_the_end_or_by_influence(coarse: Groups) -> None
     near = select(coarse, {}, ratio=half + 0.02, kinds="layers")
     assert near.drop == plan.drop
     assert near.recipe["note"].startswith(
-        f"asked for {half + 0.02:.2%} of the parameters; the nearest that the units allow is {half:.2%}"
+        f"asked for {half + 0.02:.2%} of the parameters: the nearest that the units allow is {half:.2%}"
     )
 
 

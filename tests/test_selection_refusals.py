@@ -70,7 +70,10 @@ def test_out_of_reach(coarse: Groups) -> None:
     with pytest.raises(PlanError) as raised:
         select(coarse, random_scores(coarse), ratio=0.9, kinds="ffn")
     share = 4 * 11 * 3 * 18 / coarse.total
-    assert str(raised.value) == (f"a ratio of 90.0% cannot be reached: with kinds=ffn at most {share:.1%} of the parameters can go")
+    assert str(raised.value) == (
+        f"a ratio of 90.0% cannot be reached: with kinds=ffn at most {share:.1%} of the parameters can go; ask for less, or leave "
+        "less whole"
+    )
     with pytest.raises(PlanError) as raised:
         select(coarse, random_scores(coarse), ratio=0.001)
     assert str(raised.value) == "nothing would be removed: the ratio is smaller than the smallest unit, or every group is protected"
@@ -179,5 +182,6 @@ def test_multiple_wider_than_the_group(coarse: Groups) -> None:
     with pytest.raises(PlanError) as raised:
         select(coarse, random_scores(coarse), ratio=0.2, kinds="ffn", multiple=16)
     assert str(raised.value) == (
-        "a ratio of 20.0% cannot be reached: with kinds=ffn, multiple=16 at most 0.0% of the parameters can go"
+        "a ratio of 20.0% cannot be reached: with kinds=ffn, multiple=16 at most 0.0% of the parameters can go; ask for less, or "
+        "leave less whole"
     )

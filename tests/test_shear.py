@@ -265,7 +265,7 @@ def test_constraints_hold_at_the_end(files: list[str], tmp_path: Path) -> None:
     assert {name: len(units) for name, units in result.plan.keep.items()} in ({"model.layers.1.mlp.ffn": n} for n in (32, 40))
     assert (
         result.report.notes[0]
-        == f"asked for 10.00% of the parameters; the nearest that the units allow is {result.report.removed:.2%}"
+        == f"asked for 10.00% of the parameters: the nearest that the units allow is {result.report.removed:.2%}"
     )
 
 
@@ -291,6 +291,15 @@ def test_knowledge_that_was_measured_before(files: list[str], tmp_path: Path, wh
     bare = sheared(tmp_path / "bare", files[0], protect_share=0, shear_share=1, steps=6)
     with pytest.raises(UsageError, match=r"bare' holds no knowledge: one that was sheared with a protect_share does"):
         sheared(tmp_path / "other", files[0], knowledge=bare.directory)
+
+
+def test_lengths_are_no_more_than_the_model_reads(files: list[str], tmp_path: Path) -> None:
+    result = sheared(tmp_path / "out", files[:2], cutoff=99, length=200, knowledge_length=400, shear_share=1, steps=6)
+    settings, knowledge = result.report.settings, result.report.knowledge
+    assert [settings[name] for name in ("cutoff", "length", "knowledge_length")] == [64, 64, 64]
+    assert knowledge is not None
+    assert knowledge["text"] == "4 x 64 tokens held out of kept.jsonl, lost.jsonl"
+    assert "cutoff 99 and length 200 became 64: the model reads no more tokens" in result.report.notes
 
 
 def test_knowledge_that_puts_the_target_out_of_reach(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,3 +133,5 @@ def show_curriculum(curriculum: dict[str, Any]) -> None:
             after = curriculum["final"][name]["degradation" if lost else "loss"]
             shares = ", ".join(f"{r['weights'][name]:.0%}" for r in records[:-1])
             console.print(f"  {name}: {what} {before:.3f} -> {after:.3f} nats per token, share of tokens {shares}", markup=False)
+    if any((found.get("degradation") or 0) < 0 for found in curriculum["final"].values()):
+        console.print("  (below 0: ahead of the dense model, which was not trained on this kind of text)", markup=False)

@@ -93,7 +93,7 @@ def _show(report: ShearReport) -> None:
     if report.recovery is not None:
         show_curriculum(report.recovery["curriculum"])
     parts = {**report.tokens, "periods": sum(report.tokens["periods"])}
-    console.print(f"tokens      {', '.join(f'{name} {count:,}' for name, count in parts.items())}")
+    console.print(f"tokens      {', '.join(f'{name} {count:,}' for name, count in parts.items() if count)}")
     console.print(f"seconds     {', '.join(f'{name} {value:,.1f}' for name, value in report.seconds.items())}")
     for note in report.notes:
         console.print(f"note        {note}", markup=False)

@@ -1,7 +1,7 @@
 """Evaluation: cost, perplexity, zero-shot tasks, latency; the same for dense and pruned models."""
 
 from .latency import Latency, measure_latency
-from .perplexity import Perplexity, longest_input, perplexity
+from .perplexity import Perplexity, perplexity
 from .result import Evaluation
 from .run import evaluate
 from .size import measure_cost
@@ -17,7 +17,6 @@ __all__ = [
     "Perplexity",
     "TaskScore",
     "evaluate",
-    "longest_input",
     "measure_cost",
     "measure_latency",
     "perplexity",

@@ -21,10 +21,10 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..calibration import longest_input
 from ..errors import FxPruneError, UsageError
 from ..mode import evaluating
 from ..passes.batches import Progress, logits_of
-from .perplexity import longest_input
 from .tasks import AVERAGED, METRICS, Row, Scores, TaskScore
 
 VERSION = f"lm-eval {importlib.metadata.version('lm_eval')}"

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibration import vocabulary_of
+from ..calibration import longest_input, vocabulary_of
 from ..errors import UsageError
 from ..mode import evaluating
-from .perplexity import longest_input
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration import longest_input
 from ..errors import FxPruneError, UsageError
 from ..mode import evaluating
 from ..passes.batches import Progress, logits_of
@@ -129,11 +130,3 @@ def window_starts(
         named = f"{text}: " if text else ""
         raise UsageError(f"{named}the text has {len(ids)} tokens, fewer than one window of {length}")
     return starts
-
-
-def longest_input(model: nn.Module) -> int | None:
-    """Positions that the model was made for, None if it does not say."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..api import versions
-from ..calibration import vocabulary_of
+from ..calibration import longest_input, vocabulary_of
 from ..errors import UsageError
 from ..passes.batches import Progress
 from .contamination import find_overlaps
 from .latency import measure_latency
-from .perplexity import longest_input, perplexity, window_starts
+from .perplexity import perplexity, window_starts
 from .result import Evaluation
 from .size import measure_cost
 from .tasks import TASKS, Row, Scores, check_numbers, check_tasks, read_tasks, score_tasks

@@ -306,7 +306,7 @@ class Parts:
         made = dict(lhspg.plan().recipe)
         removed = float(made["removed"])
         if abs(removed - self.ratio) > 1e-3:
-            note = f"asked for {self.ratio:.2%} of the parameters; the nearest that the units allow is {removed:.2%}"
+            note = f"asked for {self.ratio:.2%} of the parameters: the nearest that the units allow is {removed:.2%}"
             made["note"] = note
             self.notes.append(note)
         try:

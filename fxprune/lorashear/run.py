@@ -20,11 +20,11 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ..api import versions
+from ..calibration import longest_input
 from ..checkpoint.save import REPORT_FILE, check_target, new_directory, save_pruned
 from ..checkpoint.source import load_source
 from ..data import Sources
 from ..errors import UsageError
-from ..evaluation.perplexity import longest_input
 from ..files import read_json, write_whole
 from ..knowledge import Knowledge
 from ..passes.batches import Progress
@@ -39,7 +39,7 @@ from ..reporting.page import write_pages
 from .budget import Budget, make_schedule
 from .parts import Parts
 from .result import ShearReport, ShearResult
-from .settings import SALIENCY, settle
+from .settings import settle
 from .training import ShearTraining
 from .work import WorkDirectory
 
@@ -122,12 +122,10 @@ def shear(
         stack.callback(dense.model.to, home)
         subject = replace(dense, model=copy.deepcopy(dense.model).to(world.device))
         longest = longest_input(subject.model)
-        measures = bool(chosen.protect_share) or chosen.criterion != SALIENCY
-        if measures and longest is not None and chosen.knowledge_length > longest:
-            raise UsageError(
-                f"the model reads at most {longest} tokens, and knowledge_length is {chosen.knowledge_length}: lower it "
-                f"(knowledge_length={longest}; --set knowledge_length={longest})"
-            )
+        training, notes = chosen.training.within(longest)
+        chosen = replace(
+            chosen, training=training, knowledge_length=min(chosen.knowledge_length, longest or chosen.knowledge_length)
+        )
         loaded = load_stages(curriculum, None, subject.tokenizer, chosen.training, progress=progress)
         for part in loaded.parts:
             check_tokens(part, subject.model)
@@ -150,7 +148,7 @@ def shear(
         stack.callback(work.close)
         work.open(identity, restart=restart)
         stack.enter_context(torch.random.fork_rng(devices=[world.device.index] if world.device.type == "cuda" else []))
-        parts = Parts(chosen, ratio, run, dense.model, batches, schedule, work, progress)
+        parts = Parts(chosen, ratio, run, dense.model, batches, schedule, work, progress, notes)
         name = "own" if not isinstance(recipe, str | None) else recipe or "lorashear"
         shearing = _Shearing(parts, curriculum, budget, known, name)
         if not work.pruned.is_dir():

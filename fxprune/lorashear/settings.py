@@ -50,7 +50,7 @@ class Shearing:
             knowledge distribution analysis out.
         knowledge_by: What ranks groups, see `fxprune.measure_knowledge`.
         knowledge_samples: Windows of held-out text that they are measured on.
-        knowledge_length: Tokens of each.
+        knowledge_length: Tokens of each; no more than the model reads.
         shear_share: Of all tokens or steps that are for LHSPG; the rest is for recovery. 1 leaves recovery out.
         warmup_share: Of LHSPG's steps before anything shrinks; what does not divide by the periods is added to them.
         periods: In which units become redundant, a part in each.

@@ -13,11 +13,11 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ..api import versions
+from ..calibration import longest_input
 from ..checkpoint.save import check_target
 from ..checkpoint.source import load_source
 from ..data import Batches, Examples, Source, Sources, packs_apart
 from ..errors import UsageError
-from ..evaluation.perplexity import longest_input
 from ..mode import quiet, without_cache
 from ..passes.batches import Progress, logits_of
 from .adapters import merged, prepare, trained
@@ -96,13 +96,14 @@ def recover(
     held = None if validation is None else sources_of(validation)
     if output is not None:
         check_target(output, overwrite=overwrite)
-    if isinstance(data, Examples) and len(data):
-        settings = replace(settings, cutoff=max(settings.cutoff, int(data.lengths.max())))
     with ExitStack() as stack:
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
         subject = find_subject(target, tokenizer, device=device if alone else None, dtype=dtype)
         if output is not None and not hasattr(subject.model, "save_pretrained") and (subject.pruned is None or _graph(subject)):
             raise UsageError("a GraphModule has no checkpoint form: leave output out, and keep result.model")
+        settings, notes = settings.within(longest_input(subject.model))
+        if isinstance(data, Examples) and len(data):
+            settings = replace(settings, cutoff=max(settings.cutoff, int(data.lengths.max())))
         world = find_world(_home(subject.model, device))
         reading: dict[str, Any] = {"progress": progress if world.main else None}
         if isinstance(read, Curriculum):
@@ -113,6 +114,7 @@ def recover(
             check_tokens(part, subject.model)
         recovery = RecoveryRun(settings, subject, loaded, world, curriculum)
         recovery.name = recipe if isinstance(recipe, str) else "own"
+        recovery.notes += notes
         stack.enter_context(torch.random.fork_rng(devices=[world.device.index] if world.device.type == "cuda" else []))
         dense = recovery.teacher(teacher, stack)
         state = None
@@ -181,9 +183,7 @@ class RecoveryRun:
         self.length = max(settings.length, settings.cutoff) if self.packing else settings.cutoff
         longest = longest_input(model)
         if longest is not None and self.length > longest:
-            name = "length" if self.packing and settings.length > settings.cutoff else "cutoff"
-            said = f"{name} is {self.length}: lower it ({name}={longest}; --{name} {longest})"
-            raise UsageError(f"the model reads at most {longest} tokens, and {said}")
+            raise UsageError(f"the model reads at most {longest} tokens, and an example has {self.length}")
 
     def _packing(self) -> bool:
         settings, model = self.settings, self.subject.model

@@ -39,8 +39,9 @@ class Recovery:
         batch_size: Sequences of an optimizer step, over all processes.
         micro_batch_size: Sequences run at a time on one process; None chooses by length and device.
         samples: Examples read from the data, the held-out ones included; None for all.
-        cutoff: Tokens that an example is cut to.
-        length: Tokens of a packed row; the cutoff if it is larger. Without packing rows have at most ``cutoff`` tokens.
+        cutoff: Tokens that an example is cut to; no more than the model reads.
+        length: Tokens of a packed row; the cutoff if it is larger, and no more than the model reads. Without packing rows have at
+            most ``cutoff`` tokens.
         packing: Several examples in a row, each blind to the others: ``auto`` where the model keeps them apart, ``on``, ``off``.
         completion_only: Loss on answers only, where the data has prompts.
         precision: ``fp32``, ``bf16`` (autocast), or ``auto``: bf16 on CUDA devices that have it.
@@ -136,6 +137,18 @@ class Recovery:
         """Plain data."""
         data = asdict(self)
         return {**data, "targets": data["targets"] if isinstance(self.targets, str) else list(self.targets)}
+
+    def within(self, longest: int | None) -> tuple[Recovery, list[str]]:
+        """Settings whose rows a model can read, and what to note of it.
+
+        Args:
+            longest: Tokens that it was made for; None if it does not say.
+        """
+        over = {name: n for name in ("cutoff", "length") if longest is not None and (n := getattr(self, name)) > longest}
+        if not over:
+            return self, []
+        said = " and ".join(f"{name} {n:,}" for name, n in over.items())
+        return replace(self, **dict.fromkeys(over, longest)), [f"{said} became {longest:,}: the model reads no more tokens"]
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step.

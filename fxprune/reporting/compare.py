@@ -314,6 +314,15 @@ def _lines(measured: Sequence[Sequence[Number]], names: Sequence[str], notes: li
                 notes.append(f"{label}: the dense model's differs between the checkpoints, from {min(dense):g} to {max(dense):g}")
             each = [alike.get(i) for i in range(len(measured))]
             lines.append(Line(first, tuple(n.value if n else None for n in each), tuple(n.dense if n else None for n in each)))
+    same: dict[str, list[str]] = {}
+    for label, protocol in found:
+        if _group(found, label) == "perplexity" and " tokens of " in protocol:
+            same.setdefault(protocol, []).append(label)
+    for protocol, labels in same.items():
+        if len(labels) > 1:
+            notes.append(
+                f"{' and '.join(labels)} are of one text under {len(labels)} names: name it alike to have one line ({protocol})"
+            )
     return tuple(lines)
 
 
