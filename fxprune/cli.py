@@ -324,13 +324,13 @@ def _shear(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("training", "what is not given here is as in the recipe")
     how.add_argument("--tokens", type=int, help="to train on altogether, shearing and recovery")
     how.add_argument("--steps", type=int, help="instead: optimizer steps altogether")
-    how.add_argument("--recipe", help="lorashear (the default), or a .yaml file")
+    how.add_argument("--recipe", help="default, lorashear (units ranked by the paper's saliency), or a .yaml file")
     how.add_argument("--shear-share", type=float, metavar="SHARE", help="of the tokens, for shearing (default 0.3; 1: no recovery)")
     how.add_argument("--periods", type=int, help="in which units go to zero (default 4)")
     how.add_argument("--one-shot", action="store_true", default=None, help="all units go at once after the warm-up (an ablation)")
     how.add_argument("--projection", help="half-space (default) or linear")
     how.add_argument(
-        "--criterion", help="what ranks units: saliency (default, the paper's), or as for fxprune prune: taylor1, kfac, ..."
+        "--criterion", help="what ranks units: auto (default: kfac where it can), saliency (the paper's), taylor1, kfac, ..."
     )
     how.add_argument("--curriculum", metavar="WEIGHTS", help="of recovery: dynamic (default) or static")
     how.add_argument("--rounds", type=int, help="of each stage of recovery at most (default 4)")

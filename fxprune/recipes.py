@@ -77,39 +77,42 @@ stock classes load. ``llm-pruner`` (blocks, the first four and last two layers w
 score is the sum over its features, where the authors' code squares and averages them.
 """
 
+_SHEARING: dict[str, Any] = {
+    "kinds": HEADS_AND_FFN,
+    "widths": "per-layer",
+    "protect_first": 0,
+    "protect_last": 0,
+    "protect": (),
+    "multiple": 1,
+    "floor": 0.0,
+    "protect_share": 0.1,
+    "knowledge_by": "loss",
+    "knowledge_samples": 32,
+    "knowledge_length": 128,
+    "shear_share": 0.3,
+    "warmup_share": 0.2,
+    "periods": 4,
+    "one_shot": False,
+    "projection": "half-space",
+    "penalty": 1e-3,
+    "epsilon": 0.0,
+    "saliency": ("magnitude", "average", "cosine", "taylor1", "taylor2"),
+    "criterion_samples": 128,
+    "curriculum": "dynamic",
+    "rounds": 4,
+    "source_floor": 0.05,
+    "patience": 1,
+    "threshold": 0.0,
+    "stage_shares": None,
+}
+
 SHEARINGS: dict[str, dict[str, Any]] = {
-    "lorashear": {
-        "kinds": HEADS_AND_FFN,
-        "widths": "per-layer",
-        "protect_first": 0,
-        "protect_last": 0,
-        "protect": (),
-        "multiple": 1,
-        "floor": 0.0,
-        "protect_share": 0.1,
-        "knowledge_by": "loss",
-        "knowledge_samples": 32,
-        "knowledge_length": 128,
-        "shear_share": 0.3,
-        "warmup_share": 0.2,
-        "periods": 4,
-        "one_shot": False,
-        "projection": "half-space",
-        "penalty": 1e-3,
-        "epsilon": 0.0,
-        "saliency": ("magnitude", "average", "cosine", "taylor1", "taylor2"),
-        "criterion": "saliency",
-        "criterion_samples": 128,
-        "curriculum": "dynamic",
-        "rounds": 4,
-        "source_floor": 0.05,
-        "patience": 1,
-        "threshold": 0.0,
-        "stage_shares": None,
-    },
+    "default": {**_SHEARING, "criterion": "auto"},
+    "lorashear": {**_SHEARING, "criterion": "saliency"},
 }
 """Recipes of `fxprune.shear`, every setting with its value (but for how adapters are trained: those of `fxprune.Recovery`). The
-method is that of arXiv 2310.18356; it fixes none of the numbers, see docs/lorashear.md."""
+method is that of arXiv 2310.18356; it fixes none of the numbers, see docs/lorashear.md. ``lorashear`` ranks units by the paper's
+saliency, ``default`` by importance, which did better wherever both were measured (benchmarks/results/paper_lorashear.json)."""
 
 
 def read_recipe(

@@ -31,6 +31,7 @@ SHEAR: dict[str, Any] = {
     "checkpoint_every": 1,
     "knowledge_samples": 4,
     "knowledge_length": 20,
+    "criterion_samples": 8,
     "periods": 2,
     "rounds": 2,
     "patience": 0,

@@ -72,7 +72,7 @@ def test_the_output_is_a_checkpoint_of_the_size_asked_for(whole: ShearResult) ->
     assert report.parameters_before == total
     assert report.parameters_after == sum(p.numel() for p in whole.model.parameters())
     assert report.removed == pytest.approx(0.2, abs=unit / total)
-    assert whole.plan.recipe["recipe"] == report.recipe == "lorashear"
+    assert whole.plan.recipe["recipe"] == report.recipe == "default"
     again = AutoModelForCausalLM.from_pretrained(whole.directory, trust_remote_code=True)
     assert torch.equal(logits(again), logits(whole.model))
     assert ShearReport.read(whole.directory) == report
@@ -109,7 +109,8 @@ def test_the_report_has_a_section_for_each_stage(whole: ShearResult) -> None:
     assert report.settings["periods"] == 2
     assert report.budget == {"tokens": None, "steps": 20}
     assert report.settings["lr"] == 3e-3
-    assert set(report.seconds) == {"knowledge", "lhspg", "prune", "recovery"}
+    assert report.lhspg["criterion"] == whole.plan.recipe["criterion"] == "kfac"
+    assert set(report.seconds) == {"importance", "knowledge", "lhspg", "prune", "recovery"}
     assert all(value > 0 for value in report.seconds.values())
     written = json.loads((whole.directory / "fxprune_report.json").read_text())
     assert [(d["use"], d["name"]) for d in written["data"]] == [
@@ -235,6 +236,15 @@ def test_units_ranked_by_a_criterion(files: list[str], tmp_path: Path, monkeypat
     other = sheared(tmp_path / "other", files[:2], **{**options, "criterion": "saliency"})
     assert other.plan.diff(result.plan)
     assert os.listdir(tmp_path / "out") == os.listdir(tmp_path / "other")
+
+
+def test_units_that_no_linear_map_reads(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can be saved has none of them, so that they are made up."""
+    monkeypatch.setattr(parts, "find_consumers", lambda *_: [])
+    result = sheared(tmp_path / "out", files[0], protect_share=0, shear_share=1, steps=6)
+    assert result.report.settings["criterion"] == "auto"
+    assert result.report.lhspg["criterion"] == result.plan.recipe["criterion"] == "taylor2"
+    assert result.report.notes[0] == "taylor2 ranks units, not kfac: no linear map contracts those of 'model.layers.0.mlp.ffn'"
 
 
 def test_a_criterion_that_reads_no_text(files: list[str], tmp_path: Path) -> None:

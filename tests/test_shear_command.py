@@ -57,7 +57,7 @@ def test_all_stages_from_end_to_end(run: Run) -> None:
     assert imread("lost.png").ndim == 3
     written = json.loads(Path("out/fxprune_report.json").read_text())
     report, recovery = written["shearing"], written["recovery"]
-    assert ran.said.startswith("recipe lorashear, with rank=4, ")
+    assert ran.said.startswith("recipe default, with rank=4, ")
     assert "periods=2, " in ran.said
     assert "projection" not in ran.said, "what is as in the recipe"
     assert f"parameters {report['parameters_before']:,} -> {report['parameters_after']:,} (-20." in ran.said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"epochs": 2}, "epochs is of a recovery by itself: for a shearing set tokens or steps instead"),
         ({"perods": 3}, "there is no shearing setting 'perods'; did you mean 'periods'?"),
         ({"recipe": "lorashea"}, "unknown recipe 'lorashea'; did you mean 'lorashear'?"),
-        ({"recipe": "llm-pruner"}, "unknown recipe 'llm-pruner'; choose from: lorashear"),
+        ({"recipe": "llm-pruner"}, "unknown recipe 'llm-pruner'; choose from: default, lorashear"),
         ({"recipe": {"perods": 3}}, "the recipe has an unknown setting 'perods'; did you mean 'periods'?"),
         ({"recipe": {"rounds": 2.5}}, "the recipe: rounds must be a whole number, got 2.5"),
         ({"knowledge": "nowhere.json"}, "cannot read 'nowhere.json'"),
@@ -162,7 +163,7 @@ def test_a_criterion_that_says_nothing_of_what_may_go(files: tuple[str, str], tm
         sheared(tmp_path / "out", files[0], criterion="kfac", **options)
     assert str(caught.value) == (
         "criterion 'kfac' looks at what linear maps read, and none contracts the units of 'transformer.h.0.attn.c_attn.head_dim': "
-        "leave kind 'head_dim' out, or take another criterion, such as taylor1"
+        "leave kind 'head_dim' out, or take another criterion, such as taylor2"
     )
     assert not os.listdir(tmp_path)
 
@@ -259,7 +260,8 @@ def test_the_recipe_says_every_setting() -> None:
     assert set(SHEARINGS["lorashear"]) == set(OWN)
     assert not set(OWN) & set(TRAINING) - {"patience"}
     settings = settle(None, {})
-    assert settings == settle("lorashear", {}) == settle({}, {}) == settle({"recipe": "lorashear"}, {})
+    assert settings == settle("default", {}) == settle({}, {}) == settle({"recipe": "default"}, {})
+    assert replace(settings, criterion="saliency") == settle("lorashear", {}) == settle({"recipe": "lorashear"}, {})
     said = settings.to_json()
     assert json.loads(json.dumps(said)) == said
     assert said["patience"] == 1
@@ -268,7 +270,7 @@ def test_the_recipe_says_every_setting() -> None:
     assert settings.selection(0.2, ["a"]) == Selection(
         ratio=0.2, kinds=("kv_heads", "ffn"), ranking="global", widths="per-layer", protect=("a",)
     )
-    assert not set(SHEARINGS) & set(RECIPES)
+    assert set(SHEARINGS) & set(RECIPES) == {"default"}
     with pytest.raises(UsageError, match="the recipe 'lorashear' trains while it prunes: it is one of fxprune shear"):
         read_recipe("lorashear")
 
@@ -287,7 +289,8 @@ def test_settings_from_a_file_and_as_typed(tmp_path: Path) -> None:
     assert (settings.periods, settings.training.rank, settings.penalty, settings.one_shot) == (7, 4, 2.5, True)
     assert (settings.kinds, settings.protect, settings.stage_shares) == ({"ffn": 1.0, "kv_heads": 0.5}, ["a", "b"], [3.0, 1.0])
     assert (settings.saliency, settings.projection, settings.rounds) == ({"magnitude": 2.0, "cosine": 1.0}, "linear", 3)
-    assert settle(None, {"saliency": "taylor1"}).saliency == {"taylor1": 1.0}
+    by_saliency = settle(None, {"saliency": "taylor1"})
+    assert (by_saliency.saliency, by_saliency.criterion) == ({"taylor1": 1.0}, "saliency")
     cases = [
         ({"rounds": "two"}, "rounds must be a whole number, got 'two'"),
         ({"penalty": "much"}, "penalty must be a number, got 'much'"),

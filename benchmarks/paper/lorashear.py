@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = pick(a.rows, ROWS)
     stages = [pick(typed, list(TRAINING)) for typed in (a.first, a.second)]
     for name in names:
-        settle(None, {**SHEARED.get(name, {}), **EQUAL, **dict(a.set)})
+        settle("lorashear", {**SHEARED.get(name, {}), **EQUAL, **dict(a.set)})
     settle_tasks(a)
     bench = Bench(a)
     bench.data.check([name for stage in stages for name in stage])
@@ -162,7 +162,14 @@ def _sheared(
     if output.is_dir():
         result = fxprune.ShearResult.read(output, bench.tokenizer)
     else:
-        options: dict[str, Any] = {"then": texts[1:], "tokens": a.tokens, "knowledge": known, "output": output, **settings}
+        options: dict[str, Any] = {
+            "recipe": "lorashear",
+            "then": texts[1:],
+            "tokens": a.tokens,
+            "knowledge": known,
+            "output": output,
+            **settings,
+        }
         result = fxprune.shear(bench.model, ratio, texts[0], tokenizer=bench.tokenizer, **options)
     report = result.report
     tokens = {"shearing": report.tokens["total"] - report.tokens["recovery"], "total": report.tokens["total"]}
@@ -191,7 +198,7 @@ def _pruned(
     if said.is_file():
         return load_source(output)[0].to(a.device), json.loads(said.read_text())
     result, facts = bench.prune(criterion, ratio)
-    chosen = settle(None, {**settings, "curriculum": "static"})
+    chosen = settle("lorashear", {**settings, "curriculum": "static"})
     options: dict[str, Any] = {"recipe": chosen.training, "max_tokens": a.tokens, "tokenizer": bench.tokenizer}
     recovered = fxprune.recover(result, curriculum=chosen.lessons(texts), **options)
     report = recovered.report

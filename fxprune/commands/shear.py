@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_device(arguments.device)
     own = {name: value for name, value in settings.to_json().items() if name in given}
     changes = f", with {_said(own)}" if own else ""
-    console.print(f"recipe      {arguments.recipe or 'lorashear'}{changes}", markup=False, highlight=False)
+    console.print(f"recipe      {arguments.recipe or 'default'}{changes}", markup=False, highlight=False)
     try:
         with progress() as advance:
             result = shear(
@@ -82,6 +82,7 @@ def _show(report: ShearReport) -> None:
         kept = report.knowledge["protected"]
         console.print(f"knowledge   {len(report.knowledge['rows'])} groups measured on {report.knowledge['text']}", markup=False)
         console.print(f"  left whole: {', '.join(kept)}", markup=False)
+    console.print(f"ranked by   {report.lhspg['criterion']}", markup=False)
     for number, period in enumerate(report.lhspg["periods"], start=1):
         kinds = ", ".join(f"{count} of {kind}" for kind, count in period["kinds"].items()) or "none"
         console.print(f"period {number:<4} {kinds} to zero; {period['removed']:.2%} of the parameters by its end", markup=False)

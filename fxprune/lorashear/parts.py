@@ -41,7 +41,7 @@ from ..recovery.state import StateDirectory
 from .adapters import factors_of, find_adapters
 from .budget import Schedule
 from .lhspg import LHSPG
-from .settings import SALIENCY, Shearing
+from .settings import AUTO, ELSE, SALIENCY, SEES, Shearing
 from .training import ShearTraining
 from .windows import windows
 from .work import WorkDirectory
@@ -164,13 +164,13 @@ class Parts:
             UsageError: No source has text enough.
             CheckpointError: The disk is full.
         """
-        settings, file = self.settings, self.work.scores
-        if settings.criterion == SALIENCY:
+        file = self.work.scores
+        if self.criterion == SALIENCY:
             return None
         if not file.is_file():
             start, (gm, groups) = time.perf_counter(), self.bare
-            options: dict[str, Any] = {"calibration": self._read(), "seed": settings.training.seed, "progress": self.progress}
-            found = score(gm, groups, settings.criterion, **options)
+            options: dict[str, Any] = {"calibration": self._read(), "seed": self.settings.training.seed, "progress": self.progress}
+            found = score(gm, groups, self.criterion, **options)
             write_whole(file, save(found), called="the scores", error=CheckpointError)
             self.work.record("importance", {"seconds": round(time.perf_counter() - start, 3)})
         return load_file(file)
@@ -178,26 +178,39 @@ class Parts:
     def _read(self) -> list[Batch]:
         """The text that the criterion reads; nothing for one that reads none."""
         settings, stage = self.settings, self.run.data.stages[0].train
-        if not CRITERIA[settings.criterion].calibrated:
+        if not CRITERIA[self.criterion].calibrated:
             return []
         texts = {name: stage.select((stage.source == i).nonzero().flatten().tolist()) for i, name in enumerate(stage.names)}
         return list(windows(texts, samples=settings.criterion_samples, length=settings.knowledge_length, held=False)[0])
 
+    @cached_property
+    def criterion(self) -> str:
+        """What ranks units: what the settings say, or what ``auto`` comes to."""
+        name = self.settings.criterion
+        if name != AUTO:
+            return name
+        unread = self._unread(self._trial().eligible)
+        if unread:
+            self.notes.append(f"{ELSE} ranks units, not {SEES}: no linear map contracts those of '{unread[0]}'")
+        return ELSE if unread else SEES
+
+    def _unread(self, eligible: Sequence[str]) -> list[str]:
+        """Groups whose units no linear map contracts, of those that LHSPG may take units of."""
+        gm, groups = self.bare
+        names, read = self._adapted_names, {own for consumer in find_consumers(gm, groups) for own in consumer.groups}
+        return sorted(set(eligible) - {names[own] for own in read if own in names})
+
     def _check_criterion(self, eligible: Sequence[str]) -> None:
         """Refuse a criterion that has no text, or nothing to say of a group that LHSPG may take units of."""
-        name = self.settings.criterion
+        name = self.criterion
         if name == SALIENCY:
             return
         self._read()
-        if CRITERIA[name].feature is None:
-            return
-        gm, groups = self.bare
-        names, read = self._adapted_names, {own for consumer in find_consumers(gm, groups) for own in consumer.groups}
-        missing = sorted(set(eligible) - {names[own] for own in read if own in names})
+        missing = [] if CRITERIA[name].feature is None else self._unread(eligible)
         if missing:
             raise UsageError(
                 f"criterion '{name}' looks at what linear maps read, and none contracts the units of '{missing[0]}': leave kind "
-                f"'{self.adapted[2][missing[0]].kind}' out, or take another criterion, such as taylor1"
+                f"'{self.adapted[2][missing[0]].kind}' out, or take another criterion, such as {ELSE}"
             )
 
     @cached_property

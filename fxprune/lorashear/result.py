@@ -31,8 +31,9 @@ class ShearReport:
         form: Of the checkpoint, as in `fxprune.PruneReport`.
         knowledge: What the knowledge distribution analysis found, as `fxprune.Knowledge.from_json` reads it, and ``protected``, the
             groups that stayed whole for it; None without one.
-        lhspg: The schedule, ``periods`` (`fxprune.LHSPG.history`, each with its ``tokens``), ``history`` (columns ``step``,
-            ``loss``, ``lr``, ``tokens``), ``left_out`` (why other groups stayed whole) and how adapters were trained.
+        lhspg: The schedule, ``criterion`` (what ranked units), ``periods`` (`fxprune.LHSPG.history`, each with its ``tokens``),
+            ``history`` (columns ``step``, ``loss``, ``lr``, ``tokens``), ``left_out`` (why other groups stayed whole) and how
+            adapters were trained.
         prune: How exact the removal is: ``zeros`` (numbers of the trained model that went, all of them exactly 0), ``verify``,
             ``eager_error``, and ``merged_error`` (of the pruned model against the trained one with its adapters beside the weights:
             what rounding the merge makes).

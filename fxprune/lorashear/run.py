@@ -149,7 +149,7 @@ def shear(
         work.open(identity, restart=restart)
         stack.enter_context(torch.random.fork_rng(devices=[world.device.index] if world.device.type == "cuda" else []))
         parts = Parts(chosen, ratio, run, dense.model, batches, schedule, work, progress, notes)
-        name = "own" if not isinstance(recipe, str | None) else recipe or "lorashear"
+        name = "own" if not isinstance(recipe, str | None) else recipe or "default"
         shearing = _Shearing(parts, curriculum, budget, known, name)
         if not work.pruned.is_dir():
             shearing.prune()
@@ -197,7 +197,7 @@ class _Shearing:
             knowledge, protect, measuring = parts.measure(self.knowledge)
         training = parts.train(protect, scores)
         start = time.perf_counter()
-        of = {"recipe": self.name, "criterion": parts.settings.criterion, "protected": list(protect)}
+        of = {"recipe": self.name, "criterion": parts.criterion, "protected": list(protect)}
         result, exact = parts.remove(training, of)
         report = result.report
         seconds = {
@@ -281,6 +281,7 @@ def _trained(parts: Parts, training: ShearTraining) -> dict[str, Any]:
     rows = parts.batches.taken(0)
     return {
         **parts.schedule.to_json(),
+        "criterion": parts.criterion,
         "periods": periods,
         "history": position.history,
         "sources": {name: {"rows": rows[name][0], "tokens": rows[name][1]} for name in rows},

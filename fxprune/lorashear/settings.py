@@ -22,6 +22,10 @@ from .saliency import check_weights
 SALIENCY = "saliency"
 """The criterion that is LHSPG's own."""
 
+AUTO = "auto"
+SEES, ELSE = "kfac", "taylor2"
+"""What `AUTO` comes to where linear maps read all units that may go, and elsewhere."""
+
 INSTEAD = {
     "max_tokens": "tokens",
     "max_steps": "steps",
@@ -58,9 +62,10 @@ class Shearing:
         projection: See `fxprune.LHSPG`.
         penalty: See there.
         epsilon: See there.
-        saliency: Weights of the criteria; names alone weigh 1 each.
+        saliency: Weights of the criteria; names alone weigh 1 each. Where it is given, ``auto`` is ``saliency``.
         criterion: What ranks units: ``saliency`` (the paper's), or one of `fxprune.criteria.CRITERIA`, measured once on text of the
-            first stage before anything is trained.
+            first stage before anything is trained. ``auto`` is ``kfac``, or ``taylor2`` where a unit may go that no linear map
+            reads.
         criterion_samples: Windows of that text, of ``knowledge_length`` tokens.
         curriculum: Weights of recovery's sources, ``dynamic`` or ``static``; see `fxprune.Curriculum`.
         rounds: Of each stage of recovery.
@@ -121,8 +126,8 @@ class Shearing:
             raise UsageError(f"one_shot must be True or False, got {self.one_shot!r}")
         check_settings(0, self.periods, 1, self.projection, self.penalty, self.epsilon)
         check_weights(self.saliency)
-        if self.criterion != SALIENCY and self.criterion not in CRITERIA:
-            raise UsageError(f"unknown criterion '{self.criterion}'; {nearest(str(self.criterion), (SALIENCY, *CRITERIA))}")
+        if self.criterion not in (AUTO, SALIENCY, *CRITERIA):
+            raise UsageError(f"unknown criterion '{self.criterion}'; {nearest(str(self.criterion), (AUTO, SALIENCY, *CRITERIA))}")
         check_options(kinds=None, share=1.0, take="least", by=self.knowledge_by)
         if self.protect_share and self.widths == "uniform":
             raise UsageError(
@@ -184,18 +189,20 @@ def settle(recipe: RecipeLike, given: Mapping[str, Any]) -> Shearing:
     """The settings of a run.
 
     Args:
-        recipe: A name of `fxprune.recipes.SHEARINGS`, a YAML file or a mapping; what it does not say is as in ``lorashear``.
+        recipe: A name of `fxprune.recipes.SHEARINGS`, a YAML file or a mapping; what it does not say is as in ``default``.
         given: Settings that go before it; texts are read as the setting's type.
 
     Raises:
         UsageError: An unknown recipe or setting, a value that makes no sense, or one that another makes idle.
     """
-    usual = SHEARINGS["lorashear"]
+    usual = SHEARINGS["default"]
     said = {**usual, **read_recipe(recipe, SHEARINGS, {**Recovery().to_json(), **usual})}
     for name, value in given.items():
         if name not in OWN and name not in TRAINING:
             raise UsageError(f"there is no shearing setting '{name}'; {nearest(name, (*OWN, *TRAINING))}")
         said[name] = _read(name, value) if isinstance(value, str) and name in OWN else value
+    if "saliency" in given and said["criterion"] == AUTO:
+        said["criterion"] = SALIENCY
     if "saliency" in given and said["criterion"] != SALIENCY:
         raise UsageError(
             f"saliency weighs what LHSPG itself ranks by, and criterion is '{said['criterion']}': leave one of them out"

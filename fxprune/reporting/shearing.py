@@ -16,6 +16,7 @@ def shearing_blocks(shearing: Mapping[str, Any]) -> Iterator[Block]:
     trained, tokens = shearing["lhspg"], shearing["tokens"]
     rows = [
         ["asked for", f"{shearing['ratio']:.2%} of all parameters; {shearing['removed']:.2%} went"],
+        ["units ranked by", trained.get("criterion", "")],
         ["tokens read", f"{tokens['total']:,} in all"],
         ["of them", ", ".join(f"{n:,} {part}" for part, n in tokens.items() if part != "total" and isinstance(n, int))],
         ["in each period", ", ".join(f"{n:,}" for n in tokens["periods"])],
