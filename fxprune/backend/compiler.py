@@ -5,24 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from .._compat import current_graph, guard_identity
+from .._compat import current_graph
 from ..errors import FxPruneError, UsageError, nearest
 from ..passes.dependency import find_groups
 from ..passes.rewrite import rewrite
 from ..plan import PrunePlan
 from .aliasing import overlap
 from .freezing import Slice, Slices
+from .guards import guard, limit_reached
 from .lowering import CannotLowerError, Lowered, lower
 from .matching import Matched, match, touched
 from .owner import find_owner
-from .record import GraphRecord
+from .record import GraphRecord, some
 
 log = logging.getLogger("fxprune")
 
@@ -59,6 +60,12 @@ class Backend:
         # module -> group -> frame -> "pruned", "dense", or both in different compiles
         self._frames: weakref.WeakKeyDictionary[nn.Module, dict[str, dict[str, set[str]]]] = weakref.WeakKeyDictionary()
         self._module: Callable[[], nn.Module | None] = lambda: None
+
+    @property
+    def unseen(self) -> list[str]:
+        """Groups and blocks of the plan that no graph so far has parameters of: where they run, they run dense."""
+        seen = {name for graph in self.graphs for name in (*graph.pruned, *graph.dropped, *graph.dense)}
+        return [name for name in [*self.plan.keep, *self.plan.drop] if name not in seen]
 
     def reset(self) -> None:
         """Forget every graph; `torch._dynamo.reset` calls it."""
@@ -123,13 +130,21 @@ class Backend:
         total = sum(t.numel() for t in {id(t): t for t in parameters.values()}.values())
         self._record(GraphRecord(graph, dense=reasons, parameters=(total, total)))
         compiled = self._inner(gm, example)
-        _guard(gm, parameters)
+        guard(gm, parameters)
         return compiled
 
     def _record(self, record: GraphRecord) -> None:
         self.graphs.append(record)
         if record.dense:
             log.warning("%s", record.warning())
+        if limit := limit_reached():
+            unseen = self.unseen
+            left = f"; {len(unseen)} of the plan's groups are in no graph so far: {some(unseen)}" if unseen else ""
+            log.warning(
+                "graph %s is the last that torch compiles of its code (torch._dynamo.config.%s is %s): what needs another one runs "
+                "dense, and no record tells of it%s. Raise the limit before the first call",
+                *(record.graph, *limit, left),
+            )
 
     def _settle(self, graph: str, found: Matched, module: nn.Module) -> None:
         """A group whose parameters several frames use is pruned in all of them or in none."""
@@ -155,7 +170,7 @@ class _Pruned:
     def __init__(
         self, gm: GraphModule, compiled: Callable[..., Any], lowered: Lowered, example: Sequence[Any], slices: list[Slice]
     ) -> None:
-        _guard(gm, lowered.held)
+        guard(gm, lowered.held)
         self._gm, self._compiled, self._inputs, self._slices = gm, compiled, lowered.inputs, slices
         self._held = [(i, example[i]) for i in lowered.held]
         self._written = {lowered.inputs[number] for number in lowered.written}
@@ -170,15 +185,6 @@ class _Pruned:
         for part in self._slices:
             part.refresh()
         return self._compiled(*[args[i] for i in self._inputs])
-
-
-def _guard(gm: GraphModule, positions: Iterable[int]) -> None:
-    """Let Dynamo compile again for other tensors in these places of the graph."""
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    for position in positions:
-        source = getattr(placeholders[position], "_dynamo_source", None)
-        if source is not None:
-            guard_identity(source)
 
 
 def _write_back(small: GraphModule, lowered: Lowered) -> None:

@@ -25,6 +25,12 @@ _SAID = {
 }
 
 
+_NOT_WHOLE = (
+    "the block is not whole in this graph, or what it computes leaves the graph in other ways too (a KV cache: use_cache=False "
+    "keeps it inside)"
+)
+
+
 @dataclass
 class Matched:
     """What a graph can do of a plan.
@@ -82,7 +88,7 @@ def match(plan: PrunePlan, owner: Owner, groups: Groups) -> Matched:
             if name in groups.blocks:
                 found.drop.append(name)
             else:
-                found.dense[name] = "the block is not whole in this graph, or what it computes leaves the graph in other ways too"
+                found.dense[name] = _NOT_WHOLE
             continue
         alike = by_members.get(wanted[name], [])
         chosen = _choose(name, alike, plan, wanted) or ([] if alike else _parts(wanted[name], plan.sizes[name], by_members))
