@@ -63,7 +63,8 @@ class PruneReport:
         versions: Software and machine.
         verify_tolerance: Largest relative error that was allowed.
         dense: The model that was pruned: ``name`` (a hub id, a file's or a folder's name), ``hub`` (whether the name is a hub
-            id), ``class``, ``dtype``, ``fingerprint``, and ``license`` where its card says one.
+            id), ``class``, ``dtype``, ``fingerprint``; ``license`` where its card says one, ``base_model`` (a hub id) where its
+            own report or `fxprune.render_report` says one.
         macs_before: Multiply-accumulates per token of the dense model, see `fxprune.cost.Cost`.
         macs_after: Of the pruned one.
         whole: Groups of the kinds that were pruned which lost nothing, with their units.

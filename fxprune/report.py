@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .cost import costs
+from .errors import FxPruneError
 from .groups import Groups
 from .plan import PrunePlan
+from .reporting.card import base_model
+from .reporting.numbers import part, read_record
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Of the scores of a group's units, as the report gives them."""
@@ -53,8 +56,8 @@ def describe(model: nn.Module, groups: Groups) -> dict[str, Any]:
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "fingerprint": groups.fingerprint(),
     }
-    given = license_of(path)
-    return found if given is None else {**found, "license": given}
+    told = {"base_model": None if hub else origin_of(path), "license": license_of(path)}
+    return found | {key: value for key, value in told.items() if value is not None}
 
 
 def source_name(path: str) -> tuple[str, bool]:
@@ -68,11 +71,25 @@ def source_name(path: str) -> tuple[str, bool]:
     return Path(path).name, False
 
 
+def origin_of(path: str) -> str | None:
+    """The hub id that a checkpoint of ours in a directory comes from, where its report says one.
+
+    What another directory's card calls its base model is not asked: in a copy of a hub's model that is what the copied model was
+    made from, which is not the model.
+    """
+    try:
+        return base_model(part(read_record(path).report, "dense")) if path else None
+    except FxPruneError:  # no checkpoint of ours, or a damaged report
+        return None
+
+
 def license_of(path: str) -> str | None:
     """The licence that a model's card names, if the card is on this machine."""
     from huggingface_hub import metadata_load, try_to_load_from_cache
     from yaml import YAMLError
 
+    if not path:
+        return None
     try:
         card = Path(path) / "README.md"
         if not card.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -244,3 +245,13 @@ class Tables(HTMLParser):
     def row(self, label: str) -> list[str]:
         """The cells behind a label."""
         return next(row[1:] for row in self.rows if row and row[0] == label)
+
+
+def unreadable(directory: Path) -> list[str]:
+    """What the pages of a checkpoint say of parts that they could not read: nothing, where all is well."""
+    pages = [directory / name for name in ("report.html", "report.md", "README.md")]
+    return [
+        f"{page.name}: {said}"
+        for page in pages
+        for said in re.findall(r"(?i).*this part of the report cannot be read.*", page.read_text())
+    ]

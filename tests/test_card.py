@@ -1,9 +1,10 @@
-"""The model card: the hub's own reader takes it, its snippet loads the model, and what somebody changed in it stays."""
+"""The model card: the hub's own reader takes it, its snippet loads the model, what was changed or stated stays."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 import fxprune
-from fxprune.report import license_of, source_name
+from fxprune.checkpoint.source import load_source
+from fxprune.errors import UsageError
+from fxprune.report import license_of, origin_of, source_name
 from fxprune.reporting.card import card, is_ours
 from fxprune.reporting.numbers import Record
 
-from .command import Run
-from .reported import evaluation, full, recovery, report
+from .command import PLAIN, Run
+from .recovering import trained
+from .reported import evaluation, full, recovery, report, write
 from .zoo import build
 
 HOSTILE = 'x"\n---\nlicense: mit\n---\n# `y`: {z} <script>'
@@ -164,8 +168,10 @@ def test_names_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_licence_of_the_dense_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert license_of(str(tmp_path)) is None
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     assert license_of(str(tmp_path)) == "apache-2.0"
+    assert license_of("") is None, "a model without a place does not come from the working directory"
     for text in ("# no metadata\n", "---\nlicense: [\n---\n", "---\nlicense:\n- a\n---\n"):
         (tmp_path / "README.md").write_text(text)
         assert license_of(str(tmp_path)) is None, text
@@ -174,3 +180,98 @@ def test_the_licence_of_the_dense_model(tmp_path: Path, monkeypatch: pytest.Monk
     assert license_of("org/model") == "mit"
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: None)
     assert license_of("org/model") is None
+
+
+# --- where the model comes from --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint whose dense model was a local directory: nothing says what it is called on the hub."""
+    shutil.copytree(checkpoint, tmp_path / "small")
+    fxprune.render_report(tmp_path / "small")
+    assert base_of(tmp_path / "small") is None
+    return tmp_path / "small"
+
+
+def base_of(directory: Path) -> Any:
+    return ModelCard.load(directory / "README.md").data.base_model
+
+
+def written(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "fxprune_report.json").read_text())
+    return found
+
+
+def test_a_base_model_is_stated_and_stays(run: Run, small: Path, text: Path, tmp_path: Path) -> None:
+    before, card = written(small), (small / "README.md").read_text()
+    ran = run("report", str(small), "--base-model", "org/dense")
+    assert (ran.status, ran.err) == (0, "")
+    assert ran.out.split() == [str(small / n) for n in ("report.html", "report.md", "fxprune_recipe.yaml", "README.md")]
+    assert base_of(small) == "org/dense"
+    assert written(small) == {**before, "dense": {**before["dense"], "base_model": "org/dense"}}
+    body = card.partition("\n---\n")[2].rpartition("\n<!--")[0]
+    assert body in (small / "README.md").read_text(), "the model it was made from is called what it was called"
+    assert run("report", str(small)).status == 0
+    assert base_of(small) == "org/dense"
+    trained(str(small), str(text), max_steps=1, output=tmp_path / "recovered")
+    assert base_of(tmp_path / "recovered") == "org/dense"
+    assert run("prune", str(small), "--ratio", "0.1", "-o", str(tmp_path / "again"), *PLAIN).status == 0
+    assert base_of(tmp_path / "again") == "org/dense"
+    assert written(tmp_path / "again")["dense"]["name"] == "small"
+    fxprune.render_report(small, base_model="gpt2")
+    assert base_of(small) == "gpt2"
+
+
+@pytest.mark.parametrize(
+    "said", ["", "./dense", "a/b/c", "/models/dense", "org/", "https://huggingface.co/org/dense", "two words", "org/dense.git"]
+)
+def test_what_is_no_hub_id(run: Run, small: Path, said: str) -> None:
+    before = {path.name: path.read_bytes() for path in small.iterdir()}
+    ran = run("report", str(small), "--base-model", said)
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.said == (f"fxprune: '{said}' is no hub id: it has the form name or owner/name, as in HuggingFaceTB/SmolLM2-135M")
+    assert {path.name: path.read_bytes() for path in small.iterdir()} == before
+    with pytest.raises(UsageError, match="is no hub id"):
+        fxprune.render_report(small, base_model=said)
+
+
+def test_on_a_card_that_somebody_changed_it_is_left_to_them(run: Run, small: Path, tmp_path: Path, text: Path) -> None:
+    mine = (small / "README.md").read_text().replace("## Limits", "## What I found out")
+    (small / "README.md").write_text(mine)
+    ran = run("report", str(small), "--base-model", "org/dense")
+    assert (ran.status, "README.md" in ran.out) == (0, False)
+    assert ran.said == (
+        f"'{small}/README.md' has been changed by somebody and is left as it is: write 'base_model: org/dense' among its metadata "
+        "yourself"
+    )
+    assert (small / "README.md").read_text() == mine
+    trained(str(small), str(text), max_steps=1, output=tmp_path / "recovered")
+    assert base_of(tmp_path / "recovered") == "org/dense"
+
+
+def test_a_report_of_little_takes_it_too(tmp_path: Path) -> None:
+    fxprune.render_report(write(tmp_path / "old", {"removed": 0.25}), base_model="org/dense")
+    assert base_of(tmp_path / "old") == "org/dense"
+    fxprune.render_report(write(tmp_path / "other", report()), base_model="org/stated")
+    assert base_of(tmp_path / "other") == "org/stated", "what is stated is asked before what it was loaded by"
+    assert written(tmp_path / "other")["dense"]["name"] == "org/dense"
+
+
+def test_only_what_is_certain_is_taken_from_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    def origin(name: str, dense: Any) -> str | None:
+        return origin_of(str(write(tmp_path / name, report(dense=dense))))
+
+    assert origin("hub", {"name": "org/dense", "hub": True}) == "org/dense"
+    assert origin("local", {"name": "dense", "hub": False}) is None
+    assert origin("stated", {"name": "dense", "hub": False, "base_model": "org/x"}) == "org/x"
+    assert origin("damaged", [1]) is None
+    (tmp_path / "hub" / "fxprune_report.json").write_text("{")
+    assert origin_of(str(tmp_path / "hub")) is None
+    monkeypatch.chdir(tmp_path / "stated")
+    assert origin_of("") is None, "a model without a place does not come from the working directory"
+    shutil.copytree(place / "dense", tmp_path / "instruct")
+    (tmp_path / "instruct" / "README.md").write_text("---\nbase_model: org/base\nlicense: mit\n---\n# Instruct\n")
+    model, _ = load_source(tmp_path / "instruct")
+    found = fxprune.prune(model, units={"ffn": 0.5}, criterion="l1").report.dense
+    assert (found["name"], found["license"], "base_model" in found) == ("instruct", "mit", False)

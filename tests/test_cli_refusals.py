@@ -43,6 +43,12 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         ((*OUT, "--ratio", "1.5"), "a ratio must lie between 0 and 1 (0.2 removes 20 %), got 1.5"),
         ((*OUT, "--ratio", "nan"), "a ratio must lie between 0 and 1 (0.2 removes 20 %), got nan"),
         ((*OUT, "--ratio", "abc"), "argument --ratio: invalid float value: 'abc'"),
+        (
+            (*RATIO, "--multiple", "2.5"),
+            "argument --multiple: '2.5' is neither a whole number nor of the form kind=number,kind=number",
+        ),
+        ((*RATIO, "--multiple", "ffn=x"), "argument --multiple: 'ffn=x' is neither a whole number nor of the form"),
+        ((*RATIO, "--multiple", "fnn=8"), "unknown kind 'fnn'; did you mean 'ffn'? Choose from: "),
         ((*OUT, "--units", "a,b"), "argument --units: 'a,b' is neither a number nor of the form kind=number,kind=number"),
         ((*OUT, "--units", "ffn=x"), "argument --units: 'ffn=x' is not of the form kind=number,kind=number"),
         ((*OUT, "--units", "fnn=0.3"), "unknown kind 'fnn'; did you mean 'ffn'? Choose from: "),

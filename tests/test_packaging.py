@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import os
 import re
 import subprocess
@@ -134,7 +135,12 @@ def test_the_metadata(wheel: Path, pyproject: dict[str, Any]) -> None:
     with zipfile.ZipFile(wheel) as archive:
         metadata = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
-        assert "fxprune = fxprune.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+        points = configparser.ConfigParser()
+        points.read_string(archive.read(f"{info}/entry_points.txt").decode())
+    assert {group: dict(points[group]) for group in points.sections()} == {
+        "console_scripts": {"fxprune": "fxprune.cli:main"},
+        "torch_dynamo_backends": {"fxprune": "fxprune.backend:compile_pruned"},
+    }
     assert (metadata["Name"], metadata["Version"]) == ("fxprune", __version__)
     assert (metadata["License-Expression"], metadata["Requires-Python"]) == ("Apache-2.0", ">=3.11")
     if (ROOT / "README.md").exists():

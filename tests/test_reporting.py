@@ -28,7 +28,7 @@ from fxprune.reporting.recipe import recipe_yaml
 from fxprune.reporting.sections import BUILDERS, sections
 
 from .command import Run
-from .reported import Tables, changed, evaluation, full, recovery, report, shearing, write
+from .reported import Tables, changed, evaluation, full, recovery, report, shearing, unreadable, write
 from .zoo import build, tokenizer, tokens
 
 TEXTS = [" ".join(f"w{(7 * i + j * j) % 94}" for j in range(30)) for i in range(40)]
@@ -60,6 +60,7 @@ def markdown(record: Record) -> str:
 
 def test_a_prune_leaves_its_pages(saved: Path, result: PruneResult) -> None:
     found = result.report
+    assert unreadable(saved) == []
     for text in ((saved / "report.html").read_text(), (saved / "report.md").read_text()):
         assert "small" in text
         assert f"{found.parameters_before:,}" in text
@@ -296,6 +297,7 @@ def test_a_damaged_part_is_named_and_the_rest_stands(bad: Any, tmp_path: Path) -
         text = html(Record("bad", {**full().report, key: copy.deepcopy(bad)}, evaluation()))
         assert Tables(text).open == [], key
         assert render_report(write(tmp_path / key, {**full().report, key: bad}))[-1].name == "README.md"
+    assert {said.partition(":")[0] for said in unreadable(tmp_path / "recovery")} == {"report.html", "report.md", "README.md"}
     text = html(Record("bad", report(curves=5)))
     assert "this part of the report cannot be read: " in text
     assert Tables(text).row("parameters") == ["102,400", "76,800", "-25.0%"]
@@ -458,6 +460,7 @@ def test_a_recovery_leaves_its_pages(saved: Path, text: Path, tmp_path: Path) ->
     options: dict[str, Any] = {"max_steps": 2, "batch_size": 2, "cutoff": 32, "length": 32, "validation_samples": 2}
     made = fxprune.recover(tmp_path / "small", str(text), output=tmp_path / "out", **options)
     page = (tmp_path / "out" / "report.html").read_text()
+    assert unreadable(tmp_path / "out") == []
     assert made.report.perplexity is not None
     before, after = made.report.perplexity
     table = Tables(page)

@@ -130,6 +130,24 @@ def test_a_name_stands_where_no_line_is() -> None:
     assert heights["at the foot"] < foot, "under it is the axis"
 
 
+def test_a_long_name_ends_where_the_picture_or_another_name_does() -> None:
+    long, end = Series("a checkpoint that was pruned and recovered", [(25.0, 50.0)]), Series("half", [(50.0, 50.0)], 1)
+    dense, low = Series("dense", [(0.0, 40.0)], 2), Series("half", [(50.0, 40.0)], 1)
+
+    def note(svg: str, begin: str) -> tuple[float, float, str]:
+        (found,) = (t for t in parsed(svg).iter("text") if t.get("class") == "note" and (t.text or "").startswith(begin))
+        text, at = found.text or "", float(found.get("x") or 0)
+        return at, at + 6.1 * len(text), text
+
+    _, right, said = note(lines([long, low, dense], X, Y, title="alone"), "a check")
+    assert (said[-1], 340 < right <= 360) == ("…", True)
+    svg = lines([long, end, dense], X, Y, title="beside another")
+    _, right, said = note(svg, "a check")
+    assert (said[-1], right <= note(svg, "half")[0]) == ("…", True)
+    assert note(svg, "dense")[2] == "dense"
+    assert "<title>a checkpoint that was pruned and recovered</title>" in svg, "the whole name is shown under the pointer"
+
+
 def test_names_are_escaped() -> None:
     bad = '<script>"&'
     for svg in (

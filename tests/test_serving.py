@@ -1,4 +1,4 @@
-"""What a checkpoint meets in use, in a process that cannot import fxprune: pipeline, Trainer, PEFT, int8; what vLLM looks for."""
+"""What a checkpoint meets in use, in a process that cannot import fxprune: pipeline, Trainer, PEFT, int8; what engines look for."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fxprune.api import PruneResult, prune
+from fxprune.checkpoint.load import load
 
 from .closeness import relative
+from .engine import engine
+from .processes import LAUNCH, environment
 from .zoo import build, tokenizer, tokens
 
 UNITS = {"kv_heads": 0.5, "ffn": 0.3}
@@ -34,6 +37,12 @@ def uniform(name: str, **options: Any) -> PruneResult:
     return prune(model, units=UNITS, recipe={"criterion": "l1"}, tokenizer=tokenizer())
 
 
+def sixteen_heads(**options: Any) -> PruneResult:
+    """Sixteen heads on four key-value heads, to begin with."""
+    model = build("llama", tied=False, num_attention_heads=16, num_key_value_heads=4, hidden_size=96)
+    return prune(model, **{"recipe": {"criterion": "l1"}, "tokenizer": tokenizer(), **options})
+
+
 def per_layer() -> PruneResult:
     options: dict[str, Any] = {"ranking": "global", "widths": "per-layer", "protect": ["model.layers.1*"]}
     return prune(build("llama"), 0.1, recipe={"criterion": "l1"}, tokenizer=tokenizer(), **options)
@@ -45,8 +54,10 @@ MADE: dict[str, Callable[[], PruneResult]] = {
     "qwen3": lambda: uniform("qwen3", tied=False),
     "gemma2": lambda: uniform("gemma2"),
     "llama-bfloat16": lambda: uniform("llama", tied=False, dtype=torch.bfloat16),
+    "llama-for-two": lambda: sixteen_heads(units={"kv_heads": 0.4, "ffn": 0.3}, multiple={"kv_heads": 2, "ffn": 16}),
     "per-layer": per_layer,
 }
+STOCK = ("llama", "phi3", "qwen3", "gemma2", "llama-bfloat16")
 SERVED = ("llama", "phi3", "per-layer")
 
 Made = Callable[[str], tuple[PruneResult, Path]]
@@ -199,6 +210,29 @@ def test_int8_of_the_graph_module(made: Made) -> None:
     assert 0 < float((got - expected).norm() / expected.norm()) < ROUNDING
 
 
+@pytest.mark.parametrize("name", SERVED)
+def test_torchao_after_pruning(name: str, made: Made) -> None:
+    torchao = pytest.importorskip("torchao", reason="torchao is not installed").quantization
+    result, directory = made(name)
+    quantised: Any = load(directory)
+    linear = [m for m in quantised.modules() if isinstance(m, torch.nn.Linear)]
+    dense = {type(m.weight) for m in linear}
+    torchao.quantize_(quantised, torchao.Int8WeightOnlyConfig())
+    assert dense == {torch.nn.Parameter}
+    assert not {type(m.weight) for m in linear} & dense
+    with torch.no_grad():
+        expected, got = (m(input_ids=tokens(3, 9)).logits for m in (result.graph_module, quantised))
+    assert 0 < float((got - expected).norm() / expected.norm()) < ROUNDING
+
+
+def test_torchao_takes_whole_groups_of_weights(made: Made) -> None:
+    torchao = pytest.importorskip("torchao", reason="torchao is not installed").quantization
+    groups = torchao.IntxWeightOnlyConfig(granularity=torchao.PerGroup(16))
+    torchao.quantize_(load(made("llama-for-two")[1]), groups)
+    with pytest.raises(AssertionError, match="to be divisible by"):
+        torchao.quantize_(load(made("llama")[1]), groups)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # vLLM builds its own modules from config.json and fills them by the names of stock tensors: queries, keys and values into one
 # matrix, gate and up projections into another. What it counts on is that a checkpoint is what stock code would have written.
@@ -214,7 +248,7 @@ def tensors(directory: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     return found
 
 
-@pytest.mark.parametrize("name", [n for n in MADE if n != "per-layer"])
+@pytest.mark.parametrize("name", STOCK)
 def test_a_checkpoint_is_what_stock_code_writes_for_its_configuration(name: str, made: Made, tmp_path: Path) -> None:
     result, directory = made(name)
     config: Any = transformers.AutoConfig.from_pretrained(directory)
@@ -236,7 +270,7 @@ def test_a_checkpoint_is_what_stock_code_writes_for_its_configuration(name: str,
     assert transformers.AutoTokenizer.from_pretrained(directory)(PROMPT)["input_ids"] == tokenizer()(PROMPT)["input_ids"]
 
 
-@pytest.mark.parametrize("name", [n for n in MADE if n != "per-layer"])
+@pytest.mark.parametrize("name", STOCK)
 def test_projections_can_be_fused(name: str, made: Made) -> None:
     _, directory = made(name)
     config: Any = transformers.AutoConfig.from_pretrained(directory)
@@ -266,3 +300,75 @@ def test_a_bfloat16_checkpoint_computes_what_its_graph_does(made: Made) -> None:
     loaded = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
     with torch.no_grad():
         assert relative(result.graph_module(input_ids=tokens(2, 9)).logits, loaded(input_ids=tokens(2, 9)).logits) < 2e-2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes share the matrices: heads, key-value heads and FFN channels must divide.
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("llama", 1), ("phi3", 1), ("llama-for-two", 1), ("llama-for-two", 2), ("llama-for-two", 4)]
+)
+def test_fused_and_split_matrices_compute_the_same(name: str, ranks: int, made: Made) -> None:
+    """With four ranks each of two key-value heads is on two."""
+    result, directory = made(name)
+    with torch.no_grad():
+        assert relative(result.graph_module(input_ids=tokens(3, 9)).logits, engine(directory, tokens(3, 9), ranks)) < 1e-5
+
+
+def sizes(result: PruneResult) -> tuple[int, ...]:
+    assert result.model is not None
+    config: Any = result.model.config
+    return config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+
+
+def test_a_multiple_for_each_kind_makes_a_model_that_can_be_split(tmp_path: Path, made: Made) -> None:
+    assert sizes(made("llama-for-two")[0]) == (8, 2, 48)
+    (tmp_path / "two.yaml").write_text("criterion: l1\nkinds: [kv_heads, ffn]\nmultiple: {kv_heads: 2, ffn: 16}\n")
+    assert sizes(sixteen_heads(ratio=0.3, recipe=tmp_path / "two.yaml")) == (8, 2, 48)
+
+
+@pytest.mark.parametrize(
+    ("multiple", "found", "missing"),
+    [
+        (1, (12, 3, 45), "num_key_value_heads is 3"),
+        (16, (12, 3, 48), "num_key_value_heads is 3"),
+        ({"kv_heads": 4}, (16, 4, 45), "intermediate_size is 45"),
+    ],
+)
+def test_one_number_leaves_heads_as_they_come(multiple: Any, found: tuple[int, ...], missing: str, tmp_path: Path) -> None:
+    result = sixteen_heads(units={"kv_heads": 0.25, "ffn": 0.3}, multiple=multiple)
+    assert sizes(result) == found
+    result.save_pretrained(tmp_path / "odd")
+    with pytest.raises(ValueError, match=f"{missing}, which cannot be split over 2"):
+        engine(tmp_path / "odd", tokens(3, 9), 2)
+
+
+_TOGETHER = """
+import json, sys
+sys.modules["fxprune"] = None
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(tp_plan="auto", tp_size=2)).eval()
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor(json.loads(sys.argv[2]))).logits
+local = [list(part.weight.to_local().shape) for part in (model.model.layers[0].self_attn.k_proj, model.model.layers[0].mlp.up_proj)]
+if torch.distributed.get_rank() == 0:
+    print(json.dumps({"local": local, "logits": logits.tolist()}))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_transformers_splits_a_checkpoint_over_two_processes(made: Made, tmp_path: Path) -> None:
+    result, directory = made("llama-for-two")
+    (tmp_path / "together.py").write_text(_TOGETHER)
+    command = [sys.executable, *LAUNCH, str(tmp_path / "together.py"), str(directory), json.dumps(tokens(3, 9).tolist())]
+    ran = subprocess.run(command, env=environment(CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["local"] == [[8, 96], [24, 96]]
+    with torch.no_grad():
+        assert relative(result.graph_module(input_ids=tokens(3, 9)).logits, torch.tensor(found["logits"])) < 1e-5

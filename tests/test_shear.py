@@ -30,6 +30,7 @@ from fxprune.recovery.loop import Training
 from .closeness import relative
 from .curricula import dense, write_sources
 from .recovering import write_instructions
+from .reported import unreadable
 from .shearing import sheared, traced_once
 from .zoo import build, tokenizer, tokens
 
@@ -118,6 +119,7 @@ def test_the_report_has_a_section_for_each_stage(whole: ShearResult) -> None:
         *(("recovery", name) for name in ("kept.jsonl", "lost.jsonl", "alpaca.jsonl")),
     ]
     assert "# out" in (whole.directory / "README.md").read_text()
+    assert unreadable(whole.directory) == []
 
 
 def test_tokens_and_steps_add_up(whole: ShearResult) -> None:

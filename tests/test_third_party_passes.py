@@ -126,12 +126,26 @@ class Copy(PassBase):
 
 
 class Annotate(PassBase):
-    """A small quantisation annotator: which linear maps shall be int8, as a tag that lasts."""
+    """A small quantiser: linear maps shall be int8, as a tag, and as torchao's quantisers say it: what each input node shall be."""
 
     def call(self, graph_module: GraphModule) -> PassResult:
         for node in linears(graph_module):
             node.meta["custom"] = {**node.meta.get("custom", {}), "quantise": "int8"}
+            node.meta["quantization_annotation"] = {"input_qspec_map": dict.fromkeys(node.all_input_nodes, "int8")}
         return PassResult(graph_module, False)
+
+
+def tagged(gm: GraphModule) -> list[torch.fx.Node]:
+    return [node for node in gm.graph.nodes if node.meta.get("custom", {}).get("quantise") == "int8"]
+
+
+def annotated(gm: GraphModule) -> list[torch.fx.Node]:
+    """Nodes with an annotation, which must be of their own inputs in their own graph."""
+    found = [node for node in gm.graph.nodes if "quantization_annotation" in node.meta]
+    for node in found:
+        assert node.meta["quantization_annotation"] == {"input_qspec_map": dict.fromkeys(node.all_input_nodes, "int8")}
+        assert all(source.graph is gm.graph for source in node.meta["quantization_annotation"]["input_qspec_map"])
+    return found
 
 
 def linears(gm: GraphModule) -> list[torch.fx.Node]:
@@ -247,12 +261,36 @@ def test_constants_that_are_not_computed_yet_are_asked_for(traced: GraphModule) 
 def test_tags_last_and_what_depends_on_sizes_does_not(traced: GraphModule) -> None:
     passes = [Shapes(), Annotate(), *ours()]
     small = PassManager(passes)(traced).graph_module
-    tagged = [node for node in small.graph.nodes if node.meta.get("custom", {}).get("quantise") == "int8"]
-    assert tagged == linears(small)
-    assert len(tagged) == len(linears(traced)) == 15
-    assert all(node.op == "call_module" for node in tagged)
+    assert tagged(small) == linears(small)
+    assert len(tagged(small)) == len(linears(traced)) == 15
+    assert all(node.op == "call_module" for node in tagged(small))
     assert not [n for n in small.graph.nodes if {"val", "tensor_meta"} & set(n.meta)]
-    assert all("nn_module_stack" in node.meta for node in tagged)
+    assert all("nn_module_stack" in node.meta for node in tagged(small))
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_annotations_of_nodes_stay_on_their_graph(place: int, traced: GraphModule, usual: dict[str, Any]) -> None:
+    """Tags go along through the rewrite (the fourth pass); what names nodes is of the graph that it was written on."""
+    passes = ours()
+    small = PassManager([*passes[:place], Annotate(), *passes[place:]])(traced).graph_module
+    before = place < 4
+    assert tagged(traced) == annotated(traced) == (linears(traced) if before else [])
+    assert tagged(small) == linears(small)
+    assert annotated(small) == ([] if before else linears(small))
+    Annotate()(small)
+    assert annotated(small) == linears(small)
+    assert relative(usual["logits"], logits(small)) < 1e-6
+
+
+def test_only_what_the_documentation_names_lasts(traced: GraphModule) -> None:
+    tags: dict[str, Any] = {"custom": {"mine": 1}, "partitioner_tag": "part", "quantization_tag": "int8", "source_fn_stack": []}
+    for node in traced.graph.nodes:
+        node.meta |= {**tags, "mine": 1, "quantization_annotation": {node: "int8"}}
+    small = PassManager(ours())(traced).graph_module
+    kept = {key for node in small.graph.nodes for key in node.meta}
+    assert kept == {*tags, "nn_module_stack", "stack_trace", "torch_fn"}
+    for node in linears(small):
+        assert {key: node.meta[key] for key in tags} == tags
 
 
 def test_a_graph_that_changed_behind_the_groups_is_looked_at_again(traced: GraphModule) -> None:

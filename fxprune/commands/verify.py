@@ -16,7 +16,7 @@ from ..capture import trace
 from ..checkpoint.eager import dropped_entries, renamed
 from ..checkpoint.save import PLAN_FILE, REPORT_FILE
 from ..checkpoint.source import load_source
-from ..errors import UsageError, VerificationError
+from ..errors import PlanError, UsageError, VerificationError
 from ..mode import quiet
 from ..passes.rewrite import rewrite
 from ..passes.verify import VerifyReport, verify
@@ -25,7 +25,14 @@ from .common import dump, load_model
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check a written checkpoint against its dense model."""
+    """Check a written checkpoint against its dense model; a plan that is damaged or another model's is a check that fails."""
+    try:
+        return _run(arguments)
+    except PlanError as error:
+        raise VerificationError(str(error)) from error
+
+
+def _run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.model)
     if not path.is_dir():
         raise UsageError(f"there is no directory '{path}'")

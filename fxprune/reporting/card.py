@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from .blocks import Listing, Notes, Table, Text, code, in_markdown, markdown
 from .loading import TRANSFORMERS_FORMS, loading_class
@@ -55,13 +56,22 @@ def metadata(record: Record) -> str:
     kind = str(dense.get("class") or "")
     tags = ["pruning", "structured-pruning", "fxprune", *(["custom_code"] if form == "per-layer" else [])]
     data = ModelCardData(
-        base_model=dense["name"] if dense.get("hub") and dense.get("name") else None,
+        base_model=base_model(dense),
         library_name="transformers" if form in TRANSFORMERS_FORMS else "fxprune",
         license=dense.get("license"),
         pipeline_tag=next((task for end, task in PIPELINES.items() if kind.endswith(end)), None),
         tags=tags,
     )
     return str(data.to_yaml()) + "\n"
+
+
+def base_model(dense: Mapping[str, Any]) -> str | None:
+    """The hub id that a model comes from: the one that was stated, or what the dense model was loaded by; None if neither is known.
+
+    Args:
+        dense: As `fxprune.PruneReport` has it.
+    """
+    return dense.get("base_model") or (dense.get("name") if dense.get("hub") else None) or None
 
 
 def _body(record: Record) -> str:

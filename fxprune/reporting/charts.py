@@ -252,22 +252,22 @@ class _Frame:
     def label_ends(self, ends: Iterable[tuple[float, float, str, int | float]], room: float, paths: Sequence[Points]) -> None:
         """Names at the lines' ends, moved apart where they would lie on each other, and away from the lines."""
         here = list(ends)
+        placed = sorted((end for end in here if self.left + self.wide - end[0] <= 40), key=lambda end: end[1])
+        heights = _apart([y for _, y, _, _ in placed], 12.0, TOP, self.bottom)
         for x, y, label, colour in (
             end for end in here if self.left + self.wide - end[0] > 40
         ):  # far from the edge: beside the point, above it or below
             sides = [y - 5, y + 13] if y + 17 < self.bottom else [y - 5]
             height = min(sides, key=lambda h: _crossed(paths, x + 7, x + 7 + LETTER * len(label), h - 9, h + 2))
-            self.note(x + 7, height, label, "start", _colour(colour))
-        placed = sorted((end for end in here if self.left + self.wide - end[0] <= 40), key=lambda end: end[1])
-        heights = _apart([y for _, y, _, _ in placed], 12.0, TOP, self.bottom)
-        letters = max(3, int((room - 6) / LETTER))
+            beside = any(abs(height - 4 - other) < 14 for other in heights)  # a name at the edge
+            end = self.left + self.wide if beside else WIDTH - 6
+            self.note(x + 7, height, _shortened(label, end - x - 7), "start", _colour(colour))
         for (x, y, label, colour), height in zip(placed, heights, strict=True):
-            short = label if len(label) <= letters else f"{label[: letters - 1]}…"
             at = self.left + self.wide + 8
             if abs(height - y) > 3 or at - x > 14:
                 points = f"{x + 4:.1f},{y:.1f} {at - 3:.1f},{height:.1f}"
                 self.add(f'<polyline class="leader" points="{points}"/>')
-            self.note(at, height + 4, short, "start", _colour(colour))
+            self.note(at, height + 4, _shortened(label, room - 6), "start", _colour(colour))
 
     def svg(self, title: str) -> Markup:
         """The whole picture."""
@@ -304,6 +304,12 @@ def _texts(ticks: Sequence[float]) -> dict[float, str]:
         if all(math.isclose(float(text.replace(",", "")), tick, rel_tol=1e-9) for tick, text in found.items()):
             break
     return found
+
+
+def _shortened(label: str, room: float) -> str:
+    """A name, or so much of its beginning that it fits into some pixels."""
+    letters = max(3, int(room / LETTER))
+    return label if len(label) <= letters else f"{label[: letters - 1]}…"
 
 
 def _crossed(paths: Sequence[Points], left: float, right: float, top: float, bottom: float) -> int:

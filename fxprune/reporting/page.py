@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -11,32 +13,64 @@ from typing import Any
 
 import jinja2
 
+from ..errors import UsageError
 from ..files import write_whole
-from ..names import RECIPE_FILE
+from ..names import RECIPE_FILE, REPORT_FILE
 from .blocks import Page, Tile, code, in_markdown, inline, markdown
 from .card import CARD_FILE, card, is_ours
 from .numbers import MACS, MEMORY, PARAMETERS, Record, numbers, part, read_record
 from .recipe import recipe_yaml
 from .sections import UNREADABLE, error_said, sections
 
+log = logging.getLogger("fxprune")
+
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 
 
-def render_report(directory: str | os.PathLike[str]) -> list[Path]:
+def render_report(directory: str | os.PathLike[str], *, base_model: str | None = None) -> list[Path]:
     """Render the pages of a checkpoint again from what its JSON files say now.
 
     Args:
         directory: Of a checkpoint that `fxprune.prune` or `fxprune.recover` wrote, also one of an earlier version.
+        base_model: The hub id of the model that this one comes from, for the metadata of its card. It is kept in the JSON, so that
+            later renderings and recoveries of the checkpoint say it too.
 
     Returns:
         The files that were written: ``report.html``, ``report.md``, ``fxprune_recipe.yaml``, and the model card ``README.md``
         unless somebody has written or changed it.
 
     Raises:
-        UsageError: There is no such directory, no report in it, or it cannot be written to; each file is then whole.
+        UsageError: There is no such directory, no report in it, or it cannot be written to; each file is then whole. Or
+            ``base_model`` is no hub id.
         CheckpointError: The JSON is damaged.
     """
-    return write_pages(Path(directory))
+    path = Path(directory)
+    if base_model is not None:
+        _state(path, base_model)
+    written = write_pages(path)
+    if base_model is not None and path / CARD_FILE not in written:
+        log.warning(
+            "'%s' has been changed by somebody and is left as it is: write 'base_model: %s' among its metadata yourself",
+            path / CARD_FILE,
+            base_model,
+        )
+    return written
+
+
+def _state(directory: Path, base_model: str) -> None:
+    """Keep in the JSON which model of the hub the checkpoint comes from."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(base_model)
+    except HFValidationError as error:
+        raise UsageError(
+            f"'{base_model}' is no hub id: it has the form name or owner/name, as in HuggingFaceTB/SmolLM2-135M"
+        ) from error
+    report = read_record(directory).report
+    stated = {**report, "dense": {**part(report, "dense"), "base_model": base_model}}
+    write_whole(directory / REPORT_FILE, json.dumps(stated, indent=1) + "\n", called="the report")
 
 
 def write_pages(directory: Path, *, name: str | None = None) -> list[Path]:
