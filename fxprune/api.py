@@ -32,7 +32,7 @@ from .passes.rewrite import rewrite
 from .passes.selection import Selection
 from .passes.verify import VerifyReport, relative_error, tolerance_of, verify
 from .plan import PrunePlan
-from .planning import Material, Planner, settle
+from .planning import Material, Planner, Planning, settle
 from .recipes import RecipeLike
 from .report import account
 from .wording import counted
@@ -229,7 +229,8 @@ def prune(
         aggregation: See `fxprune.criteria.AGGREGATIONS`.
         compensation: See `fxprune.passes.compensation`.
         selection: Targets and constraints; or give fields of `fxprune.passes.selection.Selection` as keywords.
-        plan: A ready plan to replay; nothing is scored or selected, and nothing compensated unless ``compensation`` says so.
+        plan: A ready plan to replay; nothing is scored or selected, and nothing compensated unless ``compensation`` says
+            so, then on as many samples as the plan was made with.
         loss: ``(outputs, batch) -> scalar`` for models without next-token loss.
         layers_by: For kind ``layers``: ``influence`` (least measured influence goes first) or ``first`` (the first ones stay, as in
             LLM-Pruner's layer-wise baseline).
@@ -270,6 +271,9 @@ def prune(
         "rounds": rounds,
     }
     how, chosen = settle(recipe, given, ratio, selection, plan, options, seed)
+    replayed = plan is not None
+    if replayed and how.compensation == "none" and calibration is not None:
+        raise UsageError("plan= is replayed as it is, and reads no text: leave out calibration=, or give compensation= with it")
     clock = _Clock()
     example = inputs if inputs is not None else example_inputs(model)
     if graph is not None and {id(p) for p in graph.parameters()} - {id(p) for p in model.parameters()}:
@@ -310,8 +314,8 @@ def prune(
         verify=checked,
         eager_error=error,
         form=form,
-        note="; ".join(filter(None, [str(plan.recipe.get("note", "")), note])),
-        recipe=dict(plan.recipe),
+        note="; ".join(filter(None, [str(plan.recipe.get("note", "")), _left_out(plan, how) if replayed else "", note])),
+        recipe={**plan.recipe, **({"replayed": True, **_made_up_by(how, material)} if replayed else {})},
         seconds=clock.seconds,
         versions=versions(),
         verify_tolerance=allowed,
@@ -376,6 +380,25 @@ def _eager(
     except CheckpointError as problem:
         return "graph", None, None, str(problem)
     return form, surgery, _error(reference, surgery.model, probe), note
+
+
+def _left_out(plan: PrunePlan, how: Planning) -> str:
+    """What to say of a plan that is replayed without the compensation that it was made with."""
+    before = plan.recipe.get("compensation", "none")
+    if before == "none" or how.compensation != "none":
+        return ""
+    return (
+        f"the plan was made with compensation ({before}), which a replay leaves out unless it is asked for "
+        f"(compensation='{before}', --compensation {before}): these are slices of the dense weights"
+    )
+
+
+def _made_up_by(how: Planning, material: Material) -> dict[str, Any]:
+    """How a replayed plan was compensated: that is not what its recipe says."""
+    if how.compensation == "none":
+        return {"compensation": "none"}
+    read = {name: getattr(how, name) for name in ("compensation", "samples", "length", "batch_size", "seed")}
+    return {**read, "calibration": material.described}
 
 
 def _trace_differs(model: nn.Module, gm: GraphModule, probe: Any, tolerance: float) -> str:

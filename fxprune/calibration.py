@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -14,6 +15,8 @@ from .data.sources import parse_sources, reason, texts
 from .errors import FxPruneError, UsageError
 from .mode import evaluating
 from .wording import counted
+
+log = logging.getLogger("fxprune")
 
 Calibration: TypeAlias = "str | os.PathLike[str] | Sequence[str] | Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None"
 
@@ -75,6 +78,7 @@ def load_calibration(
     if tokenizer is None:
         raise UsageError("calibration text needs a tokenizer: pass tokenizer=, or leave calibration out")
     ids = encode(tokenizer, given, wanted=samples * length * 8)
+    warn_of_unknown(tokenizer, ids, f"the calibration text '{label}'")
     if len(ids) < length:
         raise UsageError(f"the calibration text '{label}' has {len(ids)} tokens, fewer than one sample of {length}")
     generator = torch.Generator().manual_seed(seed)
@@ -95,6 +99,24 @@ def encode(tokenizer: Any, texts: Iterable[str], *, wanted: int | None = None) -
         if wanted is not None and len(pieces) >= wanted:
             break
     return torch.tensor(pieces, dtype=torch.long)
+
+
+def warn_of_unknown(tokenizer: Any, ids: Tensor, called: str) -> None:
+    """Log a warning where more than half of a text is unknown to a tokenizer: what is measured on it says nothing.
+
+    Args:
+        tokenizer: That made the ids.
+        ids: LongTensor of any shape.
+        called: The text, for the message.
+    """
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    share = float((ids == unknown).double().mean()) if isinstance(unknown, int) and ids.numel() else 0.0
+    if share > 0.5:
+        log.warning(
+            "%s: %.0f %% of its tokens are unknown to the tokenizer; is it this model's, and is this its language?",
+            called,
+            100 * share,
+        )
 
 
 def _chunks(texts: Iterable[str], size: int = 256) -> Iterator[list[str]]:
@@ -159,11 +181,19 @@ def vocabulary_of(model: nn.Module) -> tuple[int, int] | None:
 
 
 def longest_input(model: nn.Module) -> int | None:
-    """Positions that the model was made for, None if it does not say."""
+    """Tokens that the model was made for, None if it does not say."""
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # several text configurations, as of a text encoder and a decoder of sounds
+        return None
     limit = getattr(text, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    for name, module in model.named_modules():  # RoBERTa numbers positions from the one behind the padding's
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
+            return limit - module.padding_idx - 1
+    return limit
 
 
 def _next(model: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:

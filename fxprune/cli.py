@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from ._version import __version__
 from .errors import FxPruneError, PlanError, UsageError
 
-TEXT = ("--calibration", "--data", "--text")
+TEXT = ("--calibration", "--text", "--data")
 """What text is called by commands that calibrate, train and measure."""
 
 MODEL = "a hub id, a local directory, a .gguf file, or a checkpoint that fxprune wrote"
@@ -145,7 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", parents=[common, loading], help="check a written checkpoint against its dense model")
     verify.add_argument("--dense", required=True, metavar="MODEL", help="the dense model it was pruned from")
     verify.add_argument("--json", action="store_true", help="print JSON")
-    _eval(commands.add_parser("eval", parents=[common, loading], help="perplexity of a model on a text"))
+    _eval(
+        commands.add_parser("eval", parents=[common, loading], help="perplexity, tasks, cost and latency, beside the dense model")
+    )
     _recover(commands.add_parser("recover", parents=[common], help="train a pruned model until it knows again what it knew"))
     report = commands.add_parser("report", parents=[common], help="render a checkpoint's report and model card again from its JSON")
     report.add_argument("directory", metavar="DIR", help="a checkpoint that fxprune wrote")
@@ -373,7 +375,12 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("perplexity")
     text.add_argument("--text", metavar="FILE", help=f"{file}; prints one line for each length")
     text.add_argument("--texts", type=named, metavar="NAME=FILE,...", help="texts by name, such as wikitext2=FILE,ptb=FILE")
-    text.add_argument("--length", type=int, action="append", help="tokens of each window (default 128); may be given several times")
+    text.add_argument(
+        "--length",
+        type=int,
+        action="append",
+        help="tokens of each window (default 128, or all that the model reads); may be given several times",
+    )
     text.add_argument("--stride", type=int, help="tokens between windows (default: the length, no overlap)")
     text.add_argument("--max-windows", type=int, help="stop after so many")
     text.add_argument("--protocol", default="llm-pruner", help="how rows become tokens: llm-pruner (default) or stream")

@@ -73,7 +73,7 @@ def run(output: Path, *, ratio: float = 0.2, seed: int = 0) -> PruneResult:
     with progress() as advance:
         result = prune(model, ratio, tokenizer=tokenizer, recipe="uniform", seed=seed, progress=advance, **QUICK)
     report = result.report
-    for line in describe_widths(report.widths, report.dropped):
+    for line in describe_widths(report.widths, report.dropped, report.whole):
         out.print(f"  {line}")
     assert report.verify is not None
     out.print(f"  verified against the {report.verify.reference}: relative error [bold]{report.verify.max_rel_error:.1e}[/bold]")

@@ -128,6 +128,10 @@ class Groups(Mapping[str, PruneGroup]):
         self._groups = {g.name: g for g in groups}
         self.parameters = {n: v for n, v in found.tensors.items() if isinstance(v.tensor, torch.nn.Parameter)}
 
+    def __repr__(self) -> str:
+        open_ = sum(group.prunable for group in self.values())
+        return f"Groups({open_} of {len(self)} prunable, {self.total:,} parameters)"
+
     def __getitem__(self, name: str) -> PruneGroup:
         try:
             return self._groups[name]

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .errors import PlanError, nearest
 from .files import read_json, write_whole
+from .names import PLAN_FILE
 
 if TYPE_CHECKING:
     from .groups import Groups
@@ -217,12 +219,17 @@ class PrunePlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PrunePlan:
-        """Read a plan file.
+        """Read a plan file, or the one in the directory of a checkpoint.
 
         Raises:
             PlanError: The file is missing, is no JSON, or is no plan.
         """
-        return cls.from_json(read_json(path, called="the plan", error=PlanError))
+        file = Path(path, PLAN_FILE) if os.path.isdir(path) else path
+        data = read_json(file, called="the plan", error=PlanError)
+        try:
+            return cls.from_json(data)
+        except PlanError as error:
+            raise PlanError(f"'{os.fspath(file)}': {error}") from error
 
 
 def _expect(data: Any, key: str, kind: type) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,13 +134,18 @@ def settle(
         raise UsageError(f"plan= is replayed as it is: leave out {(typed or ['selection'])[0]}=")
     if selection is not None and typed:
         raise UsageError(f"selection= says what to remove: leave out {typed[0]}=")
+    if plan is not None and given.get("compensation") in (None, "none"):
+        _refuse_idle(recipe, given, _CHOOSE | _READ)
+    elif plan is not None:
+        _refuse_idle(None, given, _CHOOSE)
     said = read_recipe(recipe)
     criterion = None if given.get("criterion") is None else find_criterion(given["criterion"])
     if recipe is None and isinstance(criterion, Criterion) and not criterion.calibrated:
         said = {}  # who asks for a criterion that needs no data gets a prune that needs none
     settings = {**SETTINGS, **said, **{k: v for k, v in given.items() if v is not None}}
-    if plan is not None and given.get("compensation") is None:
-        settings["compensation"] = "none"
+    if plan is not None:
+        before = {name: plan.recipe[name] for name in _READ if name in plan.recipe and recipe is None and given.get(name) is None}
+        settings |= {"compensation": given.get("compensation") or "none", **before}  # as much text as it was made with
     how = Planning(**{f.name: settings[f.name] for f in dataclasses.fields(Planning) if f.name in settings}, seed=seed)
     how.check()
     if plan is not None or selection is not None:
@@ -151,6 +156,23 @@ def settle(
     if isinstance(options.get("units"), Mapping) and "kinds" not in options:
         del own["kinds"]  # the shares say which
     return how, Selection(ratio=ratio, **own)
+
+
+_CHOOSE = frozenset({"criterion", "aggregation", "layers_by", "levels", "sensitivity_samples", "rounds"})
+"""Settings of how units are chosen."""
+
+_READ = frozenset({"samples", "length", "batch_size"})
+"""Settings of the text."""
+
+
+def _refuse_idle(recipe: RecipeLike, given: Mapping[str, Any], names: Set[str]) -> None:
+    """Refuse what a plan leaves nothing to do for."""
+    idle = [*(["recipe"] if recipe is not None else []), *(n for n, value in given.items() if value is not None and n in names)]
+    if idle:
+        raise UsageError(
+            f"plan= is replayed as it is, and chooses no units: leave out {idle[0]}="
+            + ("" if idle[0] in _CHOOSE else ", or give compensation= with it")
+        )
 
 
 def run(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -112,7 +112,7 @@ SHEARINGS: dict[str, dict[str, Any]] = {
 }
 """Recipes of `fxprune.shear`, every setting with its value (but for how adapters are trained: those of `fxprune.Recovery`). The
 method is that of arXiv 2310.18356; it fixes none of the numbers, see docs/lorashear.md. ``lorashear`` ranks units by the paper's
-saliency, ``default`` by importance, which did better wherever both were measured (benchmarks/results/paper_lorashear.json)."""
+saliency, ``default`` by importance, which did better at the one budget where both were measured (docs/lorashear.md)."""
 
 
 def read_recipe(

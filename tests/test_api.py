@@ -273,7 +273,8 @@ def test_a_plan_is_replayed_to_the_same_weights(dense: nn.Module, result: PruneR
     ):
         assert name == other_name
         assert torch.equal(one, other)
-    assert again.report.recipe == result.report.recipe
+    assert again.report.recipe == {**result.report.recipe, "replayed": True, "compensation": "none"}
+    assert again.report.note == result.report.note
     assert again.report.widths == result.report.widths
     assert "importance" not in again.report.seconds
 
@@ -282,6 +283,10 @@ def test_the_result_is_complete(dense: nn.Module, result: PruneResult) -> None:
     assert isinstance(result.graph_module, GraphModule)
     assert type(result.model) is type(dense)
     assert result.dense_model is dense
+    assert (
+        repr(result.groups)
+        == f"Groups({sum(g.prunable for g in result.groups.values())} of {len(result.groups)} prunable, 40,272 parameters)"
+    )
     assert result.run(result.graph_module).logits.shape == (2, 16, 97)
     assert set(result.report.seconds) == {"trace", "groups", "importance", "selection", "rewrite", "verify", "eager"}
     report = result.report

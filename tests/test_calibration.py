@@ -24,7 +24,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fxprune.calibration import encode, load_calibration, read_texts, sample_from
+from fxprune.calibration import encode, load_calibration, read_texts, sample_from, warn_of_unknown
 from fxprune.errors import FxPruneError, UsageError
 
 TEXTS = ["one two three four five", "six seven", " ", "eight nine ten eleven twelve thirteen"]
@@ -247,6 +247,23 @@ def llama(**options: Any) -> LlamaForCausalLM:
     }
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**sizes, "bos_token_id": 5, "attention_dropout": 0.5, **options}))
+
+
+def test_text_that_the_tokenizer_does_not_know(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = SimpleNamespace(unk_token_id=3)
+    warn_of_unknown(tokenizer, torch.tensor([[3, 3], [3, 5]]), "the text 'a.txt'")
+    said = "the text 'a.txt': 75 % of its tokens are unknown to the tokenizer; is it this model's, and is this its language?"
+    assert [r.message for r in caplog.records] == [said]
+    caplog.clear()
+    warn_of_unknown(tokenizer, torch.tensor([3, 3, 5, 5]), "half")
+    warn_of_unknown(tokenizer, torch.tensor([], dtype=torch.long), "nothing")
+    warn_of_unknown(SimpleNamespace(unk_token_id=None), torch.tensor([3, 3]), "bytes have no unknown")
+    assert not caplog.records
+    words = Words()
+    words.unk_token_id = 1  # type: ignore[attr-defined]
+    load_calibration(["a a a a"] * 4, model=Untouched(), tokenizer=words, samples=2, length=3)
+    (record,) = caplog.records
+    assert record.message.startswith("the calibration text '4 given texts': 84 % of its tokens are unknown to the tokenizer")
 
 
 def test_self_sampling_is_seeded_and_leaves_no_trace() -> None:

@@ -72,6 +72,9 @@ def test_nothing_to_load(tmp_path: Path) -> None:
         fxprune.load(tmp_path)
     with pytest.raises(UsageError, match=f"'{tmp_path}' holds no config.json: it is not a Hugging Face checkpoint"):
         load_source(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match=f"'{tmp_path}' is a PEFT adapter: merge it into its model first"):
+        load_source(tmp_path)
     with pytest.raises(UsageError, match=r"there is no file '/no/such/model\.gguf'"):
         load_source("/no/such/model.gguf")
     with pytest.raises(UsageError, match=r"unknown dtype 'bfloat'; did you mean 'bfloat16'\? Choose from: auto, bfloat16"):

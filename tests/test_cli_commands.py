@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fxprune
+from fxprune.commands.common import describe_widths
 
 from .command import PLAIN, ROOT, Run
 from .zoo import VOCABULARY
@@ -79,10 +80,61 @@ def test_a_plan_is_replayed(run: Run, place: Path, checkpoint: Path, tmp_path: P
     ran = run("prune", "dense", "-o", str(out), "--overwrite", "--plan", str(out / "fxprune_plan.json"))  # the plan it replaces
     assert ran.status == 0
     assert (out / "fxprune_report.json").stat().st_ino != was
-    ran = run("prune", "other", "-o", str(tmp_path / "third"), "--plan", "checkpoint/fxprune_plan.json")
+    for more, said in (
+        (("--criterion", "l1"), "plan= is replayed as it is, and chooses no units: leave out criterion="),
+        (
+            ("--recipe", "flap"),
+            "plan= is replayed as it is, and chooses no units: leave out recipe=, or give compensation= with it",
+        ),
+        (
+            ("--calibration", "text.txt"),
+            "plan= is replayed as it is, and reads no text: leave out calibration=, or give compensation=",
+        ),
+        (("--compensation", "least-squares", "--rounds", "2"), "chooses no units: leave out rounds="),
+    ):
+        ran = run("prune", "dense", "-o", str(tmp_path / "third"), "--plan", "checkpoint", *more)
+        assert ran.status == 2
+        assert said in ran.said
+    ran = run("prune", "other", "-o", str(tmp_path / "third"), "--plan", "checkpoint")
     assert ran.status == 2
     assert "the plan was made for another model (fingerprint " in ran.said
     assert os.listdir(tmp_path) == ["again"]
+
+
+def test_windows_are_no_longer_than_the_model_reads(run: Run) -> None:
+    (measured,) = json.loads(run("eval", "dense", "--text", "text.txt", "--json").out)["perplexities"]
+    assert (measured["length"], measured["stride"]) == (64, 64)
+
+
+def test_widths_in_words() -> None:
+    widths = {"a.0.ffn": [64, 17], "a.1.ffn": [64, 48], "a.0.heads": [4, 3]}
+    assert describe_widths(widths, ["a.5"], {"a.2.ffn": 64, "a.3.other": 7}) == [
+        "dropped: a.5",
+        "a.*.ffn: 64 -> 17 to 48 in 2 of 3, the others whole",
+        "a.*.heads: 4 -> 3",
+    ]
+
+
+def test_a_replay_says_how_it_was_made(run: Run, place: Path, tmp_path: Path) -> None:
+    """What the plan's recipe says of compensation holds only if it was done again."""
+    text = ("--calibration", "text.txt", "--samples", "6", "--length", "16")
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    made_up = ("--compensation", "least-squares", *text)
+    assert run("prune", "dense", "-o", str(one), "--ratio", "0.2", "--criterion", "l2", *made_up).status == 0
+    ran = run("prune", "dense", "-o", str(two), "--plan", str(one))
+    note = "the plan was made with compensation (least-squares), which a replay leaves out unless it is asked for"
+    assert note in ran.said
+    said = json.loads((two / "fxprune_report.json").read_text())["recipe"]
+    assert (said["replayed"], said["compensation"]) == (True, "none")
+    assert not (two / "fxprune_recipe.yaml").exists()
+    assert "```bash\nfxprune prune dense --plan fxprune_plan.json -o two\n```" in (two / "README.md").read_text()
+    assert run("prune", "dense", "-o", str(three), "--plan", str(one), *made_up[:4]).status == 0
+    weights = [load_file(directory / "model.safetensors") for directory in (one, two, three)]
+    assert all(torch.equal(t, weights[2][n]) for n, t in weights[0].items())
+    assert not all(torch.equal(t, weights[1][n]) for n, t in weights[0].items())
+    card = " ".join((three / "README.md").read_text().replace("\\\n", "").split())
+    command = "fxprune prune dense --plan fxprune_plan.json --compensation least-squares --samples 6 --length 16 --batch-size 8"
+    assert f"{command} --calibration text.txt -o three" in card
 
 
 @pytest.mark.parametrize(

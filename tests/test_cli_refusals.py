@@ -139,7 +139,7 @@ def test_prune_refuses_before_a_model_is_loaded(arguments: tuple[str, ...], said
             "calibration text needs a tokenizer, and there is none beside 'other'",
         ),
         (("prune", "dense", *OUT, "--ratio", "0.99"), 2, "a ratio of 99.0% cannot be reached: with kinds=kv_heads,"),
-        (("prune", "dense", *OUT, "--plan", "foreign.json"), 2, "this is not an fxprune plan of format 1"),
+        (("prune", "dense", *OUT, "--plan", "foreign.json"), 2, "'foreign.json': this is not an fxprune plan of format 1"),
         (("prune", "dense", *OUT, "--plan", "text.txt"), 2, "'text.txt' is not JSON: "),
         (("verify", "nowhere", "--dense", "dense"), 2, "there is no directory 'nowhere'"),
         (("verify", "dense", "--dense", "dense"), 2, "'dense' holds no fxprune_plan.json: it is no checkpoint that fxprune wrote"),
@@ -147,7 +147,12 @@ def test_prune_refuses_before_a_model_is_loaded(arguments: tuple[str, ...], said
         (("eval", "dense"), 2, "the following arguments are required: --text"),
         (("eval", "dense", "--text", "missing.txt"), 2, "there is no file 'missing.txt'"),
         (("eval", "dense", "--text", "short.txt", "--length", "8"), 2, "the text has 3 tokens, fewer than one window of 8"),
-        (("eval", "dense", "--text", "text.txt"), 2, "the model reads at most 64 tokens, fewer than one window of 128"),
+        (
+            ("eval", "dense", "--text", "text.txt", "--length", "128"),
+            2,
+            "the model reads at most 64 tokens, fewer than one window of",
+        ),
+        (("eval", "dense", "--calibration", "text.txt", "--latency"), 2, "did you mean '--text'?"),
         (
             ("eval", "dense", "--text", "text.txt", "--length", "1"),
             2,

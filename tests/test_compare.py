@@ -125,9 +125,16 @@ def test_one_text_under_two_names(tmp_path: Path) -> None:
     ]
     (note,) = fxprune.compare(*directories).notes
     assert note == (
-        "perplexity, wiki, 128 tokens and perplexity, wikitext2, 128 tokens are of one text under 2 names: name it alike to have "
-        "one line (8,128 tokens of wiki.txt, rows by protocol llm-pruner, 64 windows of 128, stride 128)"
+        "perplexity, wiki, 128 tokens and perplexity, wikitext2, 128 tokens seem to be of one text under two names: name it alike "
+        "to have one line (8,128 tokens of wiki.txt, rows by protocol llm-pruner, 64 windows of 128, stride 128)"
     )
+    other["dense"]["perplexities"][0]["perplexity"] = 41.0
+    third = write(tmp_path / "three", report(perplexity=None), other)
+    assert fxprune.compare(directories[0], third).notes == (), "another text of that name and length"
+    both = evaluation(overlaps=[])
+    for part in (both, both["dense"]):
+        part["perplexities"].append({**part["perplexities"][0], "text": "wikitext2"})
+    assert fxprune.compare(directories[0], write(tmp_path / "four", report(perplexity=None), both)).notes == ()
 
 
 def test_two_protocols_that_all_have_need_no_word(tmp_path: Path) -> None:

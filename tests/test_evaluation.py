@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import MusicgenConfig, RobertaConfig, RobertaForCausalLM
 
 import fxprune
 from fxprune import PrunePlan
@@ -109,6 +110,27 @@ def test_what_perplexity_refuses(model: nn.Module) -> None:
         perplexity(model, tokens(50), length=12, max_windows=0)
     with pytest.raises(UsageError, match="the model reads at most 64 tokens, fewer than one window of 65"):
         perplexity(model, tokens(200), length=65)
+
+
+def test_longest_input_of_positions_behind_the_paddings() -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 11,
+    }
+    roberta = RobertaForCausalLM(RobertaConfig(**sizes, max_position_embeddings=12, is_decoder=True, pad_token_id=1))
+    assert longest_input(roberta) == 10
+    with torch.no_grad():
+        assert roberta(torch.full((1, 10), 5)).logits.isfinite().all()
+        with pytest.raises((IndexError, RuntimeError)):
+            roberta(torch.full((1, 11), 5))
+
+
+def test_longest_input_of_several_texts() -> None:
+    parts: dict[str, Any] = {name: {"model_type": kind} for name, kind in (("text_encoder", "t5"), ("audio_encoder", "encodec"))}
+    assert longest_input(cast(nn.Module, SimpleNamespace(config=MusicgenConfig(**parts, decoder={})))) is None
 
 
 def test_longest_input(model: nn.Module) -> None:

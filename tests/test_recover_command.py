@@ -71,6 +71,7 @@ def test_a_model_that_was_not_pruned(run: Run) -> None:
     shutil.copytree("pruned", "plain", ignore=shutil.ignore_patterns("fxprune_*"))
     ran = run("plain", "-o", "out", "--data", "text.jsonl", *SHORT)
     assert ran.status == 0
+    assert ran.said.startswith("note 'plain' holds no plan of fxprune: it is trained as it is"), "before anything is trained"
     assert "note 'plain' holds no plan of fxprune: it was trained as it is" in ran.said
     assert "holds no plan" not in run("pruned", "-o", "other", "--data", "text.jsonl", *SHORT).said
 

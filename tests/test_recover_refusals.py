@@ -103,6 +103,8 @@ def test_examples_that_were_read_already(text: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError, match="the model reads at most 64 tokens, and an example has 80"):
         trained(pruned(), load_examples(str(long), tokenizer(), cutoff=80))
+    with pytest.raises(UsageError, match="the model reads at most 64 tokens, and an example has 80"):
+        trained(pruned(), str(text), validation=load_examples(str(long), tokenizer(), cutoff=80))
 
 
 def test_lengths_that_a_model_does_not_read(text: Path) -> None:

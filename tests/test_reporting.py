@@ -24,7 +24,7 @@ from fxprune.files import write_whole
 from fxprune.lorashear.settings import settle
 from fxprune.reporting.numbers import Record
 from fxprune.reporting.page import page_of, render_html, render_markdown, render_report
-from fxprune.reporting.recipe import recipe_yaml
+from fxprune.reporting.recipe import prune_command, recipe_yaml
 from fxprune.reporting.sections import BUILDERS, sections
 
 from .command import Run
@@ -141,6 +141,19 @@ def test_the_command_makes_it_again(run: Run, place: Path, tmp_path: Path) -> No
         (place / "fxprune_recipe.yaml").unlink()
     one, two = (json.loads((tmp_path / n / "fxprune_plan.json").read_text()) for n in ("one", "two"))
     assert one == two
+
+
+def test_what_a_command_cannot_know() -> None:
+    """Text that was given in Python is for the reader to name; a dtype is not left to chance."""
+    recipe = {"criterion": "taylor1", "ratio": 0.2, "calibration": "4 x 8 tokens of 2 given texts, seed 0"}
+    for described, dtype, more in (
+        ("4 x 8 tokens of 2 given texts, seed 0", "bfloat16", " --calibration TEXT --dtype bfloat16"),
+        ("3 batches given", "float32", " --calibration TEXT"),
+        ("4 x 8 tokens sampled from the model, seed 0", "float32", ""),
+    ):
+        made = {"recipe": {**recipe, "calibration": described}, "dense": {"name": "dense", "dtype": dtype}}
+        command = prune_command(made, "out").replace(" \\\n   ", "")
+        assert command == f"fxprune prune dense --recipe fxprune_recipe.yaml --ratio 0.2{more} -o out"
 
 
 def test_a_criterion_of_ones_own_is_no_recipe() -> None:

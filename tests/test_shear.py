@@ -306,12 +306,17 @@ def test_knowledge_that_was_measured_before(files: list[str], tmp_path: Path, wh
 
 
 def test_lengths_are_no_more_than_the_model_reads(files: list[str], tmp_path: Path) -> None:
-    result = sheared(tmp_path / "out", files[:2], cutoff=99, length=200, knowledge_length=400, shear_share=1, steps=6)
+    result = sheared(tmp_path / "out", files[:2], cutoff=99, length=200, knowledge_length=400, rounds=1, steps=12)
     settings, knowledge = result.report.settings, result.report.knowledge
     assert [settings[name] for name in ("cutoff", "length", "knowledge_length")] == [64, 64, 64]
     assert knowledge is not None
     assert knowledge["text"] == "4 x 64 tokens held out of kept.jsonl, lost.jsonl"
-    assert "cutoff 99 and length 200 became 64: the model reads no more tokens" in result.report.notes
+    assert result.report.notes[:2] == [
+        "cutoff 99 and length 200 became 64: the model reads no more tokens",
+        "knowledge_length 400 became 64: the model reads no more tokens",
+    ]
+    assert result.report.recovery is not None
+    assert (result.report.recovery["settings"]["cutoff"], result.report.recovery["settings"]["length"]) == (64, 64)
 
 
 def test_knowledge_that_puts_the_target_out_of_reach(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -291,6 +291,12 @@ def test_settings_from_a_file_and_as_typed(tmp_path: Path) -> None:
     assert (settings.saliency, settings.projection, settings.rounds) == ({"magnitude": 2.0, "cosine": 1.0}, "linear", 3)
     by_saliency = settle(None, {"saliency": "taylor1"})
     assert (by_saliency.saliency, by_saliency.criterion) == ({"taylor1": 1.0}, "saliency")
+    assert settle({"saliency": ["cosine"]}, {}).criterion == "saliency"
+    assert settle({"recipe": "default", "saliency": {"cosine": 2.0}}, {}).criterion == "saliency"
+    with pytest.raises(UsageError, match="and criterion is 'kfac': leave one of them out"):
+        settle({"saliency": ["cosine"], "criterion": "kfac"}, {})
+    assert settle(None, {"multiple": "ffn=16, kv_heads=2"}).multiple == {"ffn": 16, "kv_heads": 2}
+    assert settle(None, {"multiple": "16"}).multiple == 16
     cases = [
         ({"rounds": "two"}, "rounds must be a whole number, got 'two'"),
         ({"penalty": "much"}, "penalty must be a number, got 'much'"),

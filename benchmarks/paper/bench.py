@@ -84,7 +84,7 @@ class Bench:
             self.model,
             plan=plan,
             graph=self.gm,
-            recipe=recipe,
+            recipe=recipe if how.compensation != "none" else None,
             compensation=how.compensation,
             calibration=material.batches() if how.compensation != "none" else None,
             tokenizer=self.tokenizer,

@@ -121,7 +121,7 @@ def measure(bench: Bench, book: Book, name: str, ratio: float, stages: Sequence[
         if name in AT_ONCE:
             model, facts = _pruned(bench, AT_ONCE[name], ratio, texts, settings, _place(bench, key))
         else:
-            known = _knowledge(book, key) if settings.get("protect_share") != 0 else None
+            known = _knowledge(book, key) if settle("lorashear", settings).protect_share else None
             model, facts = _sheared(bench, ratio, texts, settings, known, _place(bench, key))
         row = {"key": key, "name": name, **facts, **measured(bench, model)}
     except FxPruneError as error:

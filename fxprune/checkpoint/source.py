@@ -47,6 +47,8 @@ def load_source(source: str | os.PathLike[str], *, dtype: str | torch.dtype = "a
     if looks_local and not path.is_dir():
         raise UsageError(f"there is no directory '{name}'")
     if path.is_dir() and not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise UsageError(f"'{name}' is a PEFT adapter: merge it into its model first (merge_and_unload), and save that")
         raise UsageError(f"'{name}' holds no config.json: it is not a Hugging Face checkpoint")
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,16 +104,26 @@ def check_share(share: float) -> None:
         raise UsageError(f"--protect-share must lie between 0 and 1 (0.1 protects a tenth), got {share}")
 
 
-def describe_widths(widths: Mapping[str, list[int]], dropped: Any) -> list[str]:
-    """One line for each family of groups."""
-    families: dict[str, set[tuple[int, int]]] = {}
+def describe_widths(widths: Mapping[str, Sequence[int]], dropped: Any, whole: Mapping[str, int] | None = None) -> list[str]:
+    """One line for each family of groups that lost units.
+
+    Args:
+        widths: Units of each before and after.
+        dropped: Blocks that went.
+        whole: Groups that kept all of theirs.
+    """
+    families: dict[str, list[tuple[int, int]]] = {}
     for name, (before, after) in widths.items():
-        families.setdefault(family_of(name), set()).add((before, after))
+        families.setdefault(family_of(name), []).append((before, after))
+    kept: dict[str, int] = {}
+    for name in whole or ():
+        kept[family_of(name)] = kept.get(family_of(name), 0) + 1
     lines = [f"dropped: {', '.join(dropped)}"] if dropped else []
     for family, sizes in families.items():
         befores, afters = sorted({b for b, _ in sizes}), sorted({a for _, a in sizes})
         spread = str(afters[0]) if len(afters) == 1 else f"{afters[0]} to {afters[-1]}"
-        lines.append(f"{family}: {', '.join(map(str, befores))} -> {spread}")
+        rest = f" in {len(sizes)} of {len(sizes) + kept[family]}, the others whole" if kept.get(family) else ""
+        lines.append(f"{family}: {', '.join(map(str, befores))} -> {spread}{rest}")
     return lines
 
 
@@ -121,7 +131,7 @@ def show_result(result: PruneResult) -> None:
     """A short account of a prune, on standard error."""
     report = result.report
     console.print(f"parameters  {report.parameters_before:,} -> {report.parameters_after:,}  ({-report.removed:+.2%})")
-    for line in describe_widths(report.widths, report.dropped):
+    for line in describe_widths(report.widths, report.dropped, report.whole):
         console.print(f"  {line}")
     if protect := report.recipe.get("protect"):
         console.print(f"left whole  {listed(protect, 4)}", markup=False, highlight=False)

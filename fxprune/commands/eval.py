@@ -71,7 +71,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "texts": texts,
         "tasks": tasks,
-        "lengths": arguments.length or [128],
+        "lengths": arguments.length,
         "stride": arguments.stride,
         "protocol": arguments.protocol,
         "data": arguments.data,

@@ -88,7 +88,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection
         for name in ("ratio", *WHAT, "knowledge"):
             if getattr(arguments, name) is not None:
                 raise UsageError(f"--plan replays a plan as it is: leave out --{name.replace('_', '-')}")
-        if not Path(arguments.plan).is_file():
+        if not Path(arguments.plan).exists():
             raise UsageError(f"there is no plan file '{arguments.plan}'")
     elif (arguments.ratio is None) == (arguments.units is None):
         raise UsageError(
@@ -152,7 +152,9 @@ def _dry_run(
         table.add_row(label, f"{b:,.0f}", f"{a:,.0f}", f"{a / b - 1:+.1%}")
     out = wide_console()
     out.print(table)
-    for line in describe_widths({n: [groups[n].size, len(u)] for n, u in plan.keep.items()}, plan.drop):
+    kinds = {groups[name].kind for name in plan.keep}
+    whole = {name: g.size for name, g in groups.items() if g.prunable and g.kind in kinds and name not in plan.keep}
+    for line in describe_widths({n: [groups[n].size, len(u)] for n, u in plan.keep.items()}, plan.drop, whole):
         out.print(line, markup=False, highlight=False)
     for note in notes:
         out.print(f"note: {note}", markup=False, highlight=False)

@@ -6,11 +6,13 @@ import argparse
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import UsageError
+from ..names import PLAN_FILE
 from ..plotting import check_plot
 from ..recovery.curriculum import Curriculum
 from ..recovery.plot import plot_curriculum
@@ -48,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     check_device(arguments.device)
     main = int(os.environ.get("RANK", "0")) == 0
+    if main and Path(arguments.model).is_dir() and not (Path(arguments.model) / PLAN_FILE).is_file():
+        console.print(f"note        '{arguments.model}' holds no plan of fxprune: it is trained as it is", markup=False)
     try:
         with progress() if main else nullcontext(None) as advance:
             result = recover(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..api import versions
-from ..calibration import longest_input, vocabulary_of
+from ..calibration import longest_input, vocabulary_of, warn_of_unknown
 from ..errors import UsageError
 from ..passes.batches import Progress
 from .contamination import find_overlaps
@@ -28,7 +28,7 @@ def evaluate(
     tokenizer: Any = None,
     *,
     texts: Mapping[str, str | os.PathLike[str]] | None = None,
-    lengths: Sequence[int] = (128,),
+    lengths: Sequence[int] | None = None,
     stride: int | None = None,
     max_windows: int | None = None,
     protocol: str = PROTOCOLS[0],
@@ -51,7 +51,8 @@ def evaluate(
         tokenizer: Its tokenizer; needed for texts and tasks.
         texts: For each name a file or a ``datasets`` name to measure perplexity on, such as
             ``{"wikitext2": "wikitext2_raw_test.txt", "ptb": "ptb_valid.txt"}``.
-        lengths: Tokens of the windows; a perplexity for each text and each length.
+        lengths: Tokens of the windows; a perplexity for each text and each length. None is 128, or what the model reads if that is
+            less.
         stride: Tokens between window starts; by default the length: windows do not overlap.
         max_windows: Stop after so many of each text.
         protocol: How a text's rows become tokens, see `fxprune.evaluation.text.PROTOCOLS`.
@@ -72,7 +73,8 @@ def evaluate(
         UsageError: An argument, text or file that cannot be used; lm-eval is missing and a task is wanted; ``dense`` was measured
             otherwise.
     """
-    names, texts, lengths = check_tasks(tasks), texts or {}, tuple(dict.fromkeys(lengths))
+    names, texts = check_tasks(tasks), texts or {}
+    lengths = tuple(dict.fromkeys((min(128, longest_input(model) or 128),) if lengths is None else lengths))
     check_numbers(limit=limit, batch_size=batch_size)
     if (texts or names) and tokenizer is None:
         raise UsageError("texts and tasks need a tokenizer: pass tokenizer=")
@@ -83,6 +85,8 @@ def evaluate(
     rows, files = read_material(texts, names, protocol=protocol, data=data, limit=limit)
     windows: dict[str, Any] = {"stride": stride, "max_windows": max_windows}
     ids = {name: token_stream(tokenizer, text, protocol=protocol) for name, text in rows.items()}
+    for name, stream in ids.items():
+        warn_of_unknown(tokenizer, stream, f"the text '{name}'")
     models = [model, dense] if isinstance(dense, nn.Module) else [model]
     for measured in models:
         for name, stream in ids.items():

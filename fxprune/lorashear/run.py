@@ -123,9 +123,10 @@ def shear(
         subject = replace(dense, model=copy.deepcopy(dense.model).to(world.device))
         longest = longest_input(subject.model)
         training, notes = chosen.training.within(longest)
-        chosen = replace(
-            chosen, training=training, knowledge_length=min(chosen.knowledge_length, longest or chosen.knowledge_length)
-        )
+        if longest is not None and chosen.knowledge_length > longest:
+            notes.append(f"knowledge_length {chosen.knowledge_length:,} became {longest:,}: the model reads no more tokens")
+            chosen = replace(chosen, knowledge_length=longest)
+        chosen = replace(chosen, training=training)
         loaded = load_stages(curriculum, None, subject.tokenizer, chosen.training, progress=progress)
         for part in loaded.parts:
             check_tokens(part, subject.model)

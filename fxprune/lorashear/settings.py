@@ -201,9 +201,14 @@ def settle(recipe: RecipeLike, given: Mapping[str, Any]) -> Shearing:
         if name not in OWN and name not in TRAINING:
             raise UsageError(f"there is no shearing setting '{name}'; {nearest(name, (*OWN, *TRAINING))}")
         said[name] = _read(name, value) if isinstance(value, str) and name in OWN else value
-    if "saliency" in given and said["criterion"] == AUTO:
+    weighed = "saliency" in given or said["saliency"] not in (
+        usual["saliency"],
+        list(usual["saliency"]),
+        dict.fromkeys(usual["saliency"], 1.0),
+    )
+    if weighed and said["criterion"] == AUTO:
         said["criterion"] = SALIENCY
-    if "saliency" in given and said["criterion"] != SALIENCY:
+    if weighed and said["criterion"] != SALIENCY:
         raise UsageError(
             f"saliency weighs what LHSPG itself ranks by, and criterion is '{said['criterion']}': leave one of them out"
         )
@@ -226,6 +231,8 @@ def _read(name: str, text: str) -> Any:
     try:
         if "Sequence[float]" in kind:
             return [float(part) for part in text.split(",")]
+        if "Mapping[str, int]" in kind and "=" in text:
+            return {key.strip(): int(value) for key, value in (part.split("=") for part in text.split(","))}
         return int(text) if kind.startswith("int") else _number(text)
     except ValueError:
         wanted = "numbers such as 3,1" if "Sequence" in kind else "a whole number" if kind.startswith("int") else "a number"

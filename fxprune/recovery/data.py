@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..calibration import warn_of_unknown
 from ..data import Examples, Sketch, Source, Sources, check_overlap, documents, join, load_examples, parse_sources
 from ..data.examples import SHUFFLED_TOKENS
 from ..data.overlap import COMPARED, overlap
@@ -204,7 +205,7 @@ def _examples(
         return given
     if tokenizer is None:
         raise UsageError("text needs a tokenizer, and there is none beside the model: pass tokenizer=")
-    return load_examples(
+    examples = load_examples(
         given,
         tokenizer,
         samples=samples,
@@ -213,6 +214,8 @@ def _examples(
         seed=settings.seed,
         progress=progress,
     )
+    warn_of_unknown(tokenizer, examples.ids, f"the text of {', '.join(examples.names)}")
+    return examples
 
 
 def check_tokens(examples: Examples, model: nn.Module) -> None:

@@ -101,7 +101,11 @@ def recover(
         subject = find_subject(target, tokenizer, device=device if alone else None, dtype=dtype)
         if output is not None and not hasattr(subject.model, "save_pretrained") and (subject.pruned is None or _graph(subject)):
             raise UsageError("a GraphModule has no checkpoint form: leave output out, and keep result.model")
-        settings, notes = settings.within(longest_input(subject.model))
+        longest = longest_input(subject.model)
+        for given in (data, validation):
+            if longest is not None and isinstance(given, Examples) and len(given) and int(given.lengths.max()) > longest:
+                raise UsageError(f"the model reads at most {longest} tokens, and an example has {int(given.lengths.max())}")
+        settings, notes = settings.within(longest)
         if isinstance(data, Examples) and len(data):
             settings = replace(settings, cutoff=max(settings.cutoff, int(data.lengths.max())))
         world = find_world(_home(subject.model, device))
@@ -172,7 +176,7 @@ class RecoveryRun:
     name: str = ""
 
     def __post_init__(self) -> None:
-        settings, model = self.settings, self.subject.model
+        settings = self.settings
         self.notes: list[str] = list(self.data.account.get("overlaps", ()))
         if (directory := self.subject.directory) is not None and self.subject.plan is None:
             self.notes.append(f"'{directory.name}' holds no plan of fxprune: it was trained as it is")
@@ -181,9 +185,6 @@ class RecoveryRun:
         self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
         self.packing = self._packing()
         self.length = max(settings.length, settings.cutoff) if self.packing else settings.cutoff
-        longest = longest_input(model)
-        if longest is not None and self.length > longest:
-            raise UsageError(f"the model reads at most {longest} tokens, and an example has {self.length}")
 
     def _packing(self) -> bool:
         settings, model = self.settings, self.subject.model

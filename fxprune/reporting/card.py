@@ -10,7 +10,7 @@ from typing import Any
 from .blocks import Listing, Notes, Table, Text, code, in_markdown, markdown
 from .loading import TRANSFORMERS_FORMS, loading_class
 from .numbers import Record, numbers, numbers_table, part
-from .recipe import prune_command, recipe_yaml, recover_command, shear_command
+from .recipe import prune_command, recipe_yaml, recover_command, replay_command, shear_command
 from .sections import UNREADABLE
 from .training import held_out
 
@@ -128,6 +128,9 @@ def _numbers(record: Record) -> Iterator[Table | Notes]:
 
 def _making(record: Record) -> Iterator[Text | Listing]:
     report = record.report
+    if (report.get("recipe") or {}).get("replayed") and "shearing" not in report:
+        yield Listing(replay_command(report, record.name), "bash")
+        yield Text("with `fxprune_plan.json`, which says which units stay.")
     if text := recipe_yaml(report):
         yield Listing(prune_command(report, record.name) or shear_command(report, record.name), "bash")
         yield Text("with `fxprune_recipe.yaml`:")

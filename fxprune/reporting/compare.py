@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -314,16 +315,22 @@ def _lines(measured: Sequence[Sequence[Number]], names: Sequence[str], notes: li
                 notes.append(f"{label}: the dense model's differs between the checkpoints, from {min(dense):g} to {max(dense):g}")
             each = [alike.get(i) for i in range(len(measured))]
             lines.append(Line(first, tuple(n.value if n else None for n in each), tuple(n.dense if n else None for n in each)))
-    same: dict[str, list[str]] = {}
-    for label, protocol in found:
-        if _group(found, label) == "perplexity" and " tokens of " in protocol:
-            same.setdefault(protocol, []).append(label)
-    for protocol, labels in same.items():
-        if len(labels) > 1:
-            notes.append(
-                f"{' and '.join(labels)} are of one text under {len(labels)} names: name it alike to have one line ({protocol})"
-            )
+    notes += _under_two_names(found)
     return tuple(lines)
+
+
+def _under_two_names(found: Mapping[tuple[str, str], Mapping[int, Number]]) -> Iterator[str]:
+    """Perplexities of what looks like one text: measured alike, in other checkpoints, with one number of the dense model."""
+    by_protocol: dict[str, list[str]] = {}
+    for label, protocol in found:
+        if _group(found, label) == "perplexity":
+            by_protocol.setdefault(protocol, []).append(label)
+    for protocol, labels in by_protocol.items():
+        for one, other in combinations(labels, 2):
+            mine, theirs = found[one, protocol], found[other, protocol]
+            dense = {n.dense for n in (*mine.values(), *theirs.values())}
+            if not set(mine) & set(theirs) and len(dense) == 1 and None not in dense:
+                yield f"{one} and {other} seem to be of one text under two names: name it alike to have one line ({protocol})"
 
 
 def _group(found: Mapping[tuple[str, str], Mapping[int, Number]], label: str) -> str:

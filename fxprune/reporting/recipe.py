@@ -18,11 +18,14 @@ from .numbers import part
 def recipe_yaml(report: Mapping[str, Any]) -> str:
     """The settings as a file for ``fxprune prune --recipe``, or ``fxprune shear``; empty where the report has none.
 
-    What a recipe cannot say (how much, which text, the seed) is in `prune_command` and `shear_command`.
+    What a recipe cannot say (how much, which text, the seed) is in `prune_command` and `shear_command`. A plan that was replayed
+    has none: its file says which units go.
     """
     if shearing := part(report, "shearing"):
         return str(yaml.safe_dump(_plain(part(shearing, "settings")), sort_keys=False, allow_unicode=True))
     recipe = part(report, "recipe")
+    if recipe.get("replayed"):
+        return ""
     found = {name: _plain(recipe[name]) for name in SETTINGS if name in recipe}
     if not found:
         return ""
@@ -40,7 +43,7 @@ def prune_command(report: Mapping[str, Any], name: str) -> str:
         name: What the checkpoint's directory is called.
     """
     recipe, dense = part(report, "recipe"), part(report, "dense")
-    if "shearing" in report or not any(setting in recipe for setting in SETTINGS):
+    if "shearing" in report or recipe.get("replayed") or not any(setting in recipe for setting in SETTINGS):
         return ""
     words = ["fxprune", "prune", dense.get("name") or "DENSE", "--recipe", RECIPE_FILE]
     if recipe.get("ratio") is not None:
@@ -52,8 +55,11 @@ def prune_command(report: Mapping[str, Any], name: str) -> str:
         words += ["--plan", PLAN_FILE]
     if text := calibration_text(report):
         words += ["--calibration", text]
+    elif "given" in str(recipe.get("calibration")).split():  # in Python, as strings or batches
+        words += ["--calibration", "TEXT"]
     if recipe.get("seed"):
         words += ["--seed", str(recipe["seed"])]
+    words += ["--dtype", dense["dtype"]] if dense.get("dtype", "float32") != "float32" else []
     return _joined([*words, "-o", pruned_name(report, name)])
 
 
@@ -63,9 +69,20 @@ def pruned_name(report: Mapping[str, Any], name: str) -> str:
 
 
 def replay_command(report: Mapping[str, Any], name: str) -> str:
-    """The command that removes the very same units again, whatever the text."""
-    dense = part(report, "dense")
-    return _joined(["fxprune", "prune", dense.get("name") or "DENSE", "--plan", PLAN_FILE, "-o", pruned_name(report, name)])
+    """The command that removes the very same units again, whatever the text; of a replay, how it was made."""
+    dense, recipe = part(report, "dense"), part(report, "recipe")
+    words = ["fxprune", "prune", dense.get("name") or "DENSE", "--plan", PLAN_FILE]
+    if recipe.get("replayed") and recipe.get("compensation", "none") != "none":
+        words += [
+            w for option in ("compensation", "samples", "length", "batch_size") for w in (_option(option), str(recipe[option]))
+        ]
+        words += ["--calibration", calibration_text(report)] if calibration_text(report) else []
+        words += ["--seed", str(recipe["seed"])] if recipe.get("seed") else []
+    return _joined([*words, "-o", pruned_name(report, name)])
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def calibration_text(report: Mapping[str, Any]) -> str:

@@ -321,7 +321,8 @@ def _recipe(record: Record) -> Iterator[Block]:
         yield Listing(command, "bash")
         yield Listing(text, "yaml")
     if (report.get("widths") or report.get("dropped")) and "shearing" not in report:
-        yield Text("The same units again, whatever the text:")
+        replayed = (report.get("recipe") or {}).get("replayed")
+        yield Text("A plan was replayed, run in its directory:" if replayed else "The same units again, whatever the text:")
         yield Listing(replay_command(report, name), "bash")
     if again := recover_command(report, name):
         yield Text("And the training after it:")

@@ -44,7 +44,7 @@ def shearing_blocks(shearing: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _knowledge(knowledge: Mapping[str, Any]) -> Iterator[Block]:
-    rows = {row["name"]: row for row in knowledge["rows"]}
+    rows = knowledge.get("groups") or {row["name"]: row for row in knowledge["rows"]}  # the former in early reports
     kinds: dict[str, list[tuple[float, float]]] = {}
     for name, row in rows.items():
         if (layer := layer_of(name)) is not None:
