@@ -229,7 +229,7 @@ class PrunePlan:
         try:
             return cls.from_json(data)
         except PlanError as error:
-            raise PlanError(f"'{os.fspath(file)}': {error}") from error
+            raise PlanError(f"'{os.fspath(file)}' cannot be used: {error}") from error
 
 
 def _expect(data: Any, key: str, kind: type) -> Any:

@@ -139,7 +139,11 @@ def test_prune_refuses_before_a_model_is_loaded(arguments: tuple[str, ...], said
             "calibration text needs a tokenizer, and there is none beside 'other'",
         ),
         (("prune", "dense", *OUT, "--ratio", "0.99"), 2, "a ratio of 99.0% cannot be reached: with kinds=kv_heads,"),
-        (("prune", "dense", *OUT, "--plan", "foreign.json"), 2, "'foreign.json': this is not an fxprune plan of format 1"),
+        (
+            ("prune", "dense", *OUT, "--plan", "foreign.json"),
+            2,
+            "'foreign.json' cannot be used: this is not an fxprune plan of format 1",
+        ),
         (("prune", "dense", *OUT, "--plan", "text.txt"), 2, "'text.txt' is not JSON: "),
         (("verify", "nowhere", "--dense", "dense"), 2, "there is no directory 'nowhere'"),
         (("verify", "dense", "--dense", "dense"), 2, "'dense' holds no fxprune_plan.json: it is no checkpoint that fxprune wrote"),

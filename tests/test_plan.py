@@ -235,7 +235,7 @@ def test_files_that_are_no_plans(tmp_path: Path) -> None:
     assert error().startswith(f"'{path}' is not JSON: ")
     for text in ("[]", "{}", '{"fxprune_plan": 2}', '"plan"'):
         path.write_text(text)
-        assert error() == f"'{path}': this is not an fxprune plan of format 1"
+        assert error() == f"'{path}' cannot be used: this is not an fxprune plan of format 1"
     with pytest.raises(PlanError, match=rf"^cannot read the plan '{tmp_path}/fxprune_plan.json': No such file or directory$"):
         PrunePlan.load(tmp_path)
 

@@ -202,9 +202,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_what_is_given_beside_a_plan_or_a_selection(llama: nn.Module) -> None:
     plan = PrunePlan({})
-    how, chosen = settle("flap", {}, None, None, plan, {}, 0)
+    how, chosen = settle(None, {}, None, None, plan, {}, 0)
     assert (how.compensation, chosen) == ("none", None)  # a plan is replayed as it is
-    assert settle(None, {"compensation": "bias"}, None, None, plan, {}, 0)[0].compensation == "bias"
+    assert settle("flap", {"compensation": "bias"}, None, None, plan, {}, 0)[0].compensation == "bias"
+    made = PrunePlan({}, recipe={"samples": 7, "length": 9, "criterion": "kfac"})
+    how = settle(None, {"compensation": "bias", "length": 11}, None, None, made, {}, 0)[0]
+    assert (how.samples, how.length, how.batch_size) == (7, 11, 4), "as much text as before; the rest as the default recipe has it"
+    with pytest.raises(UsageError, match="chooses no units: leave out recipe=, or give compensation= with it"):
+        settle("flap", {}, None, None, plan, {}, 0)
+    with pytest.raises(UsageError, match=r"chooses no units: leave out levels=$"):
+        settle(None, {"compensation": "bias", "levels": 3}, None, None, plan, {}, 0)
     ready = Selection(ratio=0.1)
     how, chosen = settle("flap", {}, None, ready, None, {}, 0)
     assert chosen is ready

@@ -272,7 +272,7 @@ def test_refused_before_a_model_is_loaded(arguments: tuple[str, ...], said: str,
     ("arguments", "said"),
     [
         (("nowhere",), "cannot load a causal language model from 'nowhere' (there is no such directory"),
-        (("dense", "--text", "short.txt"), "the calibration text 'short.txt' has 3 tokens, fewer than one sample of 128"),
+        (("dense", "--text", "short.txt"), "the calibration text 'short.txt' has 3 tokens, fewer than one sample of 64"),
         (("other", "--text", "text.txt"), "text needs a tokenizer, and there is none beside 'other'"),
         (("dense", *TEXT, "--kinds", "experts"), "this model has nothing of kind 'experts' that can be pruned; it has ffn, "),
         (
