@@ -165,6 +165,10 @@ def _checked(
         raise UsageError(f"{where} builds on an unknown recipe '{base}'; {nearest(str(base), named)}")
     own = {key: value for key, value in data.items() if key != "recipe"}
     for key in own:
+        if key in ("ratio", "units"):
+            raise UsageError(
+                f"{where} has '{key}', and how much goes is no setting of a recipe: say it beside it ({key}=, --{key})"
+            )
         if key not in settings:
             raise UsageError(f"{where} has an unknown setting '{key}'; {nearest(str(key), settings)}")
         if wrong := _misfit(key, own[key], settings[key]):

@@ -86,9 +86,10 @@ class Selection:
         if (self.ratio is None) == (self.units is None):
             raise UsageError("give either ratio= (share of all parameters) or units= (share of units), not both or neither")
         shares = self.units if isinstance(self.units, Mapping) else {"": self.ratio if self.units is None else self.units}
-        for share in shares.values():
+        for kind, share in shares.items():
             if not isinstance(share, int | float) or not 0 < share < 1:
-                raise UsageError(f"a ratio must lie between 0 and 1 (0.2 removes 20 %), got {share!r}")
+                what = "a ratio" if self.units is None else f"the share of units{kind and f' of kind {kind}'}"
+                raise UsageError(f"{what} must lie between 0 and 1 (0.2 removes 20 %), got {share!r}")
         multiples = self.multiple if isinstance(self.multiple, Mapping) else {"": self.multiple}
         for kind in (k for k in [*self.pace, *shares, *multiples] if k):
             if kind not in (*KINDS, LAYERS):

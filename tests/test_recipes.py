@@ -161,7 +161,10 @@ def test_a_file_named_like_a_recipe_needs_its_ending(tmp_path: Path, monkeypatch
         ("none.json", "there is no recipe file 'none.json'"),
         ({"citerion": "l1"}, "the recipe has an unknown setting 'citerion'; did you mean 'criterion'? Choose from: aggregation, "),
         ({"recipe": "flab"}, "the recipe builds on an unknown recipe 'flab'; did you mean 'flap'? Choose from: channel, "),
-        ({"ratio": 0.2}, "the recipe has an unknown setting 'ratio'; "),
+        (
+            {"ratio": 0.2},
+            "the recipe has 'ratio', and how much goes is no setting of a recipe: say it beside it (ratio=, --ratio)",
+        ),
         ({"recipe": ["flap"]}, "the recipe builds on an unknown recipe '['flap']'; "),
         ({"samples": "many"}, "the recipe: samples must be a whole number, got 'many'"),
         ({"levels": 2.5}, "the recipe: levels must be a whole number, got 2.5"),

@@ -91,7 +91,8 @@ def test_out_of_reach(coarse: Groups) -> None:
         ({"ratio": 0}, "a ratio must lie between 0 and 1 (0.2 removes 20 %), got 0"),
         ({"ratio": math.nan}, "a ratio must lie between 0 and 1 (0.2 removes 20 %), got nan"),
         ({"ratio": "0.2"}, "a ratio must lie between 0 and 1 (0.2 removes 20 %), got '0.2'"),
-        ({"units": {"ffn": 1.5}}, "a ratio must lie between 0 and 1 (0.2 removes 20 %), got 1.5"),
+        ({"units": {"ffn": 1.5}}, "the share of units of kind ffn must lie between 0 and 1 (0.2 removes 20 %), got 1.5"),
+        ({"units": 1.5}, "the share of units must lie between 0 and 1 (0.2 removes 20 %), got 1.5"),
         (
             {"ratio": 0.2, "kinds": ["ffm"]},
             (

@@ -52,6 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     main = int(os.environ.get("RANK", "0")) == 0
     if main and Path(arguments.model).is_dir() and not (Path(arguments.model) / PLAN_FILE).is_file():
         console.print(f"note        '{arguments.model}' holds no plan of fxprune: it is trained as it is", markup=False)
+    if main and not arguments.restart and Path(state := f"{arguments.output}{SUFFIX}").is_dir():
+        console.print(
+            f"note        '{state}' holds a state: the same command goes on from it (--restart begins anew)", markup=False
+        )
     try:
         with progress() if main else nullcontext(None) as advance:
             result = recover(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
@@ -41,6 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
     own = {name: value for name, value in settings.to_json().items() if name in given}
     changes = f", with {_said(own)}" if own else ""
     console.print(f"recipe      {arguments.recipe or 'default'}{changes}", markup=False, highlight=False)
+    if not arguments.restart and Path(state := f"{arguments.output}{SUFFIX}").is_dir():
+        console.print(
+            f"note        '{state}' holds a state: the same command goes on from it (--restart begins anew)", markup=False
+        )
     try:
         with progress() as advance:
             result = shear(
