@@ -13,8 +13,7 @@ from .cost import costs
 from .errors import FxPruneError
 from .groups import Groups
 from .plan import PrunePlan
-from .reporting.card import base_model
-from .reporting.numbers import part, read_record
+from .reporting.numbers import base_model, part, read_record
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Of the scores of a group's units, as the report gives them."""

@@ -285,6 +285,13 @@ def test_hostile_names_stay_names() -> None:
         assert len(cells) == 1, block
 
 
+def test_knowledge_in_the_form_of_early_reports() -> None:
+    record = full()
+    rows = record.report["shearing"]["knowledge"].pop("rows")
+    record.report["shearing"]["knowledge"]["groups"] = {row.pop("name"): row for row in rows}
+    assert html(record) == html(full())
+
+
 def test_what_is_not_there_is_not_shown() -> None:
     record = full()
     whole = [s.title for s in sections(record)]

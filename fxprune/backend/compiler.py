@@ -17,13 +17,14 @@ from ..errors import FxPruneError, UsageError, nearest
 from ..passes.dependency import find_groups
 from ..passes.rewrite import rewrite
 from ..plan import PrunePlan
+from ..wording import listed
 from .aliasing import overlap
 from .freezing import Slice, Slices
 from .guards import guard, limit_reached
 from .lowering import CannotLowerError, Lowered, lower
 from .matching import Matched, match, touched
 from .owner import find_owner
-from .record import GraphRecord, some
+from .record import GraphRecord
 
 log = logging.getLogger("fxprune")
 
@@ -139,7 +140,7 @@ class Backend:
             log.warning("%s", record.warning())
         if limit := limit_reached():
             unseen = self.unseen
-            left = f"; {len(unseen)} of the plan's groups are in no graph so far: {some(unseen)}" if unseen else ""
+            left = f"; {len(unseen)} of the plan's groups are in no graph so far: {listed(unseen, 2)}" if unseen else ""
             log.warning(
                 "graph %s is the last that torch compiles of its code (torch._dynamo.config.%s is %s): what needs another one runs "
                 "dense, and no record tells of it%s. Raise the limit before the first call",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..wording import listed
+
 
 @dataclass(frozen=True)
 class GraphRecord:
@@ -38,10 +40,5 @@ class GraphRecord:
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.dense.items():
             by_reason.setdefault(reason, []).append(name)
-        said = "; ".join(f"{some(names)}: {reason}" for reason, names in by_reason.items())
+        said = "; ".join(f"{listed(names, 2)}: {reason}" for reason, names in by_reason.items())
         return f"graph {self.graph}: {len(self.dense)} of the plan's groups run dense here: {said}" if said else ""
-
-
-def some(names: list[str]) -> str:
-    """The names, or two of them and how many more there are."""
-    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more"

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,6 +145,13 @@ def show_result(result: PruneResult) -> None:
         console.print(f"eager model relative error {report.eager_error:.1e} against the rewritten graph; form: {report.form}")
     if report.note:
         console.print(f"note        {report.note}", markup=False)
+
+
+def goes_on(state: str) -> None:
+    """Say that a run finds the state of an earlier one, if it does."""
+    if Path(state).is_dir():
+        said = f"note        '{state}' holds a state: the same command goes on from it (--restart begins anew)"
+        console.print(said, markup=False)
 
 
 def interrupted(state: str) -> int:

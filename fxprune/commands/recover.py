@@ -21,7 +21,7 @@ from ..recovery.run import recover
 from ..recovery.settings import settings_of
 from ..recovery.state import SUFFIX
 from ..wording import counted
-from .common import check_device, console, interrupted, progress, quiet_libraries
+from .common import check_device, console, goes_on, interrupted, progress, quiet_libraries
 
 FLAGS = (
     "samples",
@@ -52,10 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     main = int(os.environ.get("RANK", "0")) == 0
     if main and Path(arguments.model).is_dir() and not (Path(arguments.model) / PLAN_FILE).is_file():
         console.print(f"note        '{arguments.model}' holds no plan of fxprune: it is trained as it is", markup=False)
-    if main and not arguments.restart and Path(state := f"{arguments.output}{SUFFIX}").is_dir():
-        console.print(
-            f"note        '{state}' holds a state: the same command goes on from it (--restart begins anew)", markup=False
-        )
+    if main and not arguments.restart:
+        goes_on(f"{arguments.output}{SUFFIX}")
     try:
         with progress() if main else nullcontext(None) as advance:
             result = recover(

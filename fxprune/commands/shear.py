@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
@@ -16,7 +15,7 @@ from ..lorashear.settings import settle
 from ..lorashear.work import SUFFIX
 from ..plotting import check_plot
 from ..recovery.plot import plot_curriculum
-from .common import check_device, console, interrupted, progress, quiet_libraries
+from .common import check_device, console, goes_on, interrupted, progress, quiet_libraries
 from .recover import overrides_of, show_curriculum
 
 FLAGS = (
@@ -42,10 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     own = {name: value for name, value in settings.to_json().items() if name in given}
     changes = f", with {_said(own)}" if own else ""
     console.print(f"recipe      {arguments.recipe or 'default'}{changes}", markup=False, highlight=False)
-    if not arguments.restart and Path(state := f"{arguments.output}{SUFFIX}").is_dir():
-        console.print(
-            f"note        '{state}' holds a state: the same command goes on from it (--restart begins anew)", markup=False
-        )
+    if not arguments.restart:
+        goes_on(f"{arguments.output}{SUFFIX}")
     try:
         with progress() as advance:
             result = shear(

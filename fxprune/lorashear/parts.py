@@ -41,7 +41,7 @@ from ..recovery.state import StateDirectory
 from .adapters import factors_of, find_adapters
 from .budget import Schedule
 from .lhspg import LHSPG
-from .settings import AUTO, ELSE, SALIENCY, SEES, Shearing
+from .settings import AUTO, FALLBACK, PREFERRED, SALIENCY, Shearing
 from .training import ShearTraining
 from .windows import windows
 from .work import WorkDirectory
@@ -191,8 +191,8 @@ class Parts:
             return name
         unread = self._unread(self._trial().eligible)
         if unread:
-            self.notes.append(f"{ELSE} ranks units, not {SEES}: no linear map contracts those of '{unread[0]}'")
-        return ELSE if unread else SEES
+            self.notes.append(f"{FALLBACK} ranks units, not {PREFERRED}: no linear map contracts those of '{unread[0]}'")
+        return FALLBACK if unread else PREFERRED
 
     def _unread(self, eligible: Sequence[str]) -> list[str]:
         """Groups whose units no linear map contracts, of those that LHSPG may take units of."""
@@ -210,7 +210,7 @@ class Parts:
         if missing:
             raise UsageError(
                 f"criterion '{name}' looks at what linear maps read, and none contracts the units of '{missing[0]}': leave kind "
-                f"'{self.adapted[2][missing[0]].kind}' out, or take another criterion, such as {ELSE}"
+                f"'{self.adapted[2][missing[0]].kind}' out, or take another criterion, such as {FALLBACK}"
             )
 
     @cached_property

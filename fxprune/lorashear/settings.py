@@ -23,7 +23,7 @@ SALIENCY = "saliency"
 """The criterion that is LHSPG's own."""
 
 AUTO = "auto"
-SEES, ELSE = "kfac", "taylor2"
+PREFERRED, FALLBACK = "kfac", "taylor2"
 """What `AUTO` comes to where linear maps read all units that may go, and elsewhere."""
 
 INSTEAD = {
@@ -106,9 +106,7 @@ class Shearing:
     training: Recovery
 
     def __post_init__(self) -> None:
-        if isinstance(self.saliency, str) or not isinstance(self.saliency, Mapping):
-            names = [self.saliency] if isinstance(self.saliency, str) else list(self.saliency)
-            object.__setattr__(self, "saliency", dict.fromkeys(names, 1.0))
+        object.__setattr__(self, "saliency", _weights(self.saliency))
         for name in ("protect_first", "protect_last", "knowledge_samples", "knowledge_length", "criterion_samples", "periods"):
             least = {"knowledge_length": 2}.get(name, 0 if name.startswith("protect") else 1)
             value = getattr(self, name)
@@ -181,6 +179,13 @@ class Shearing:
         return {name: value for name, value in self.to_json().items() if name not in FREE}
 
 
+def _weights(saliency: Any) -> Mapping[str, float]:
+    """Weights of criteria; names alone weigh 1 each."""
+    if isinstance(saliency, Mapping):
+        return saliency
+    return dict.fromkeys([saliency] if isinstance(saliency, str) else saliency, 1.0)
+
+
 OWN = {f.name: str(f.type) for f in fields(Shearing) if f.name != "training"}
 TRAINING = tuple(f.name for f in fields(Recovery))
 
@@ -201,11 +206,7 @@ def settle(recipe: RecipeLike, given: Mapping[str, Any]) -> Shearing:
         if name not in OWN and name not in TRAINING:
             raise UsageError(f"there is no shearing setting '{name}'; {nearest(name, (*OWN, *TRAINING))}")
         said[name] = _read(name, value) if isinstance(value, str) and name in OWN else value
-    weighed = "saliency" in given or said["saliency"] not in (
-        usual["saliency"],
-        list(usual["saliency"]),
-        dict.fromkeys(usual["saliency"], 1.0),
-    )
+    weighed = "saliency" in given or _weights(said["saliency"]) != _weights(usual["saliency"])
     if weighed and said["criterion"] == AUTO:
         said["criterion"] = SALIENCY
     if weighed and said["criterion"] != SALIENCY:

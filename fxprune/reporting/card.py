@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from .blocks import Listing, Notes, Table, Text, code, in_markdown, markdown
 from .loading import TRANSFORMERS_FORMS, loading_class
-from .numbers import Record, numbers, numbers_table, part
+from .numbers import Record, base_model, numbers, numbers_table, part
 from .recipe import prune_command, recipe_yaml, recover_command, replay_command, shear_command
 from .sections import UNREADABLE
 from .training import held_out
@@ -63,15 +62,6 @@ def metadata(record: Record) -> str:
         tags=tags,
     )
     return str(data.to_yaml()) + "\n"
-
-
-def base_model(dense: Mapping[str, Any]) -> str | None:
-    """The hub id that a model comes from: the one that was stated, or what the dense model was loaded by; None if neither is known.
-
-    Args:
-        dense: As `fxprune.PruneReport` has it.
-    """
-    return dense.get("base_model") or (dense.get("name") if dense.get("hub") else None) or None
 
 
 def _body(record: Record) -> str:

@@ -111,6 +111,15 @@ def part(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
+def base_model(dense: Mapping[str, Any]) -> str | None:
+    """The hub id that a model comes from: the one that was stated, or what the dense model was loaded by; None if neither is known.
+
+    Args:
+        dense: As `fxprune.PruneReport` has it.
+    """
+    return dense.get("base_model") or (dense.get("name") if dense.get("hub") else None) or None
+
+
 def numbers(record: Record) -> list[Number]:
     """Every number of a checkpoint that stands beside one of the dense model, or could; in the order of the table."""
     return [*sizes(record.report), *_reported(record.report), *_evaluated(record.evaluation or {})]

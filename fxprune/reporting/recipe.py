@@ -53,14 +53,20 @@ def prune_command(report: Mapping[str, Any], name: str) -> str:
         words += ["--units", ",".join(f"{k}={v}" for k, v in units.items()) if isinstance(units, Mapping) else f"{units}"]
     else:
         words += ["--plan", PLAN_FILE]
-    if text := calibration_text(report):
-        words += ["--calibration", text]
-    elif "given" in str(recipe.get("calibration")).split():  # in Python, as strings or batches
-        words += ["--calibration", "TEXT"]
-    if recipe.get("seed"):
-        words += ["--seed", str(recipe["seed"])]
-    words += ["--dtype", dense["dtype"]] if dense.get("dtype", "float32") != "float32" else []
-    return _joined([*words, "-o", pruned_name(report, name)])
+    return _joined([*words, *_read(report), *_as(dense), "-o", pruned_name(report, name)])
+
+
+def _read(report: Mapping[str, Any]) -> list[str]:
+    """Which text, and the seed; of text that was given in Python, a word in its place."""
+    recipe = part(report, "recipe")
+    given = "TEXT" if "given" in str(recipe.get("calibration")).split() else ""
+    text = calibration_text(report) or given
+    return [*(["--calibration", text] if text else []), *(["--seed", str(recipe["seed"])] if recipe.get("seed") else [])]
+
+
+def _as(dense: Mapping[str, Any]) -> list[str]:
+    """The dtype that the dense model was loaded in."""
+    return ["--dtype", dense["dtype"]] if dense.get("dtype", "float32") != "float32" else []
 
 
 def pruned_name(report: Mapping[str, Any], name: str) -> str:
@@ -73,16 +79,10 @@ def replay_command(report: Mapping[str, Any], name: str) -> str:
     dense, recipe = part(report, "dense"), part(report, "recipe")
     words = ["fxprune", "prune", dense.get("name") or "DENSE", "--plan", PLAN_FILE]
     if recipe.get("replayed") and recipe.get("compensation", "none") != "none":
-        words += [
-            w for option in ("compensation", "samples", "length", "batch_size") for w in (_option(option), str(recipe[option]))
-        ]
-        words += ["--calibration", calibration_text(report)] if calibration_text(report) else []
-        words += ["--seed", str(recipe["seed"])] if recipe.get("seed") else []
-    return _joined([*words, "-o", pruned_name(report, name)])
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+        for setting in ("compensation", "samples", "length", "batch_size"):
+            words += [f"--{setting.replace('_', '-')}", str(recipe[setting])]
+        words += _read(report)
+    return _joined([*words, *_as(dense), "-o", pruned_name(report, name)])
 
 
 def calibration_text(report: Mapping[str, Any]) -> str:
