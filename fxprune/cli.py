@@ -13,9 +13,12 @@ from typing import Any, NoReturn
 
 from ._version import __version__
 from .errors import FxPruneError, PlanError, UsageError
+from .wording import as_typed
 
 TEXT = ("--calibration", "--text", "--data")
 """What text is called by commands that calibrate, train and measure."""
+
+POSITIONAL = {"command", "model", "directory", "directories"}
 
 MODEL = "a hub id, a local directory, a .gguf file, or a checkpoint that fxprune wrote"
 
@@ -23,6 +26,7 @@ MODEL = "a hub id, a local directory, a .gguf file, or a checkpoint that fxprune
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (0 done, 1 failed, 2 used wrongly)."""
     arguments = _parser().parse_args(argv)
+    arguments.verbose += arguments.verbose_before
     _logging(arguments.verbose)
     try:
         return int(importlib.import_module(f".commands.{arguments.command}", __package__).run(arguments) or 0)
@@ -33,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cause = _own(error)
         if cause is None or arguments.verbose > 1:
             raise
-        print(f"fxprune: {cause}", file=sys.stderr)
+        print(f"fxprune: {as_typed(str(cause), set(vars(arguments)) - POSITIONAL)}", file=sys.stderr)
         return 2 if isinstance(cause, UsageError | PlanError) else 1
 
 
@@ -125,6 +129,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fxprune", description="Make transformers smaller by removing structure, exactly.")
     parser.add_argument("--version", action="version", version=f"fxprune {__version__}")
+    parser.add_argument("-v", "--verbose", dest="verbose_before", action="count", default=0, help="as after the command")
     common = _Parser(add_help=False)
     common.add_argument("-v", "--verbose", action="count", default=0, help="say what is done; twice for tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

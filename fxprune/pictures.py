@@ -123,7 +123,7 @@ def check_picture(path: Path) -> None:
 def _path(graph: nx.MultiDiGraph, groups: Groups, block: str | None) -> str:
     if block is None:
         if not groups.blocks:
-            raise UsageError("the model has no residual block to draw: name a module with --block (block= in Python)")
+            raise UsageError("the model has no residual block to draw: name a module with --block (block=)")
         return next(iter(groups.blocks))
     modules: dict[str, None] = {}
     for _, data in graph.nodes(data=True):

@@ -29,6 +29,7 @@ from .passes.rewrite import RewritePass
 from .passes.verify import VerifyPass
 from .planning import Material, Planner, Planning, settle
 from .recipes import RecipeLike
+from .wording import counted
 
 AnyPass: TypeAlias = Callable[[GraphModule], Any]
 """Our passes, torch's `PassBase`, a `PassManager`, another pipeline, or a function that gives a GraphModule, or works in place."""
@@ -118,6 +119,10 @@ class Pipeline:
         for number, each in enumerate(self.passes, 1):
             if not callable(each) or isinstance(each, type):
                 raise UsageError(f"pass {number} of {len(self.passes)} is no pass, but {each!r}")
+
+    def __repr__(self) -> str:
+        passes = "".join(f"\n    {number}. {name_of(each)}" for number, each in enumerate(self.passes, 1))
+        return f"Pipeline of {counted(len(self.passes), 'pass', 'passes')}:{passes}"
 
     def __call__(self, graph_module: GraphModule) -> PipelineResult:
         """Run every pass on what the pass before it gave.

@@ -1,8 +1,9 @@
-"""Numbers with their nouns and lists cut short, as messages and reports say them."""
+"""Numbers with their nouns, lists cut short, and options as they are typed: how messages and reports say them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 
 
 def counted(number: int, what: str, plural: str = "") -> str:
@@ -14,3 +15,24 @@ def listed(names: Sequence[str], most: int, between: str = ", ") -> str:
     """``a, b``, and of more names than are wanted ``a, b and 3 more``."""
     rest = len(names) - most
     return between.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def as_typed(message: str, options: Collection[str]) -> str:
+    """A message that names keyword arguments, with those that a command has as its options.
+
+    ``say widths='per-layer'`` becomes ``say --widths per-layer``; what is said in both ways is said once.
+
+    Args:
+        message: Of an error.
+        options: Names of the command's options, as Python has them (``max_steps``).
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found["name"], found["text"] or found["plain"] or ""
+        if name not in options or found["literal"] == "False":
+            return found[0]
+        return f"--{name.replace('_', '-')}" + (f" {value}" if value else "")
+
+    value = r"(?:'(?P<text>[^' ]*)'|(?P<literal>True|False)|(?P<plain>[\w.*-]+(?:,[\w.*-]+)*(?<![.,])))?"
+    said = re.sub(rf"(?<![\w.'-])(?P<name>[a-z][a-z_]*)={value}(?![\w'\"{{\[(]|\.\w)", option, message)
+    return re.sub(r"(--[a-z-]+(?: [\w.-]+)?) \(\1\)", r"\1", said)

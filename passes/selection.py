@@ -238,6 +238,7 @@ def select(
     """
     chosen, notes = _given(selection, options), list(notes)
     lanes = _lanes(groups, chosen)
+    notes += [f"this model has nothing of kind '{kind}' that can be pruned" for kind in _missing(groups, chosen)]
     if chosen.ranking == "measured" and chosen.units is None:
         lanes = _with_curves(lanes, curves, notes)
     _check_scores(groups, lanes, scores)
@@ -276,6 +277,12 @@ def _with_curves(lanes: Sequence[Lane], curves: Curves | None, notes: list[str])
     if not found:
         raise UsageError(f"ranking='measured', but no loss curve belongs to a group that may be pruned; {notes[-1]}")
     return found
+
+
+def _missing(groups: Groups, chosen: Selection) -> list[str]:
+    """Kinds that were asked for and are not there; not those that recipes name for whatever model may come."""
+    have = {LAYERS, *DEFAULT_KINDS, *(g.kind for g in groups.values() if g.prunable)}
+    return [kind for kind, pace in chosen.pace.items() if pace > 0 and kind not in have]
 
 
 def _check_scores(groups: Groups, lanes: Sequence[Lane], scores: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import fxprune
 from fxprune import PrunePlan
 from fxprune.api import PruneResult
 from fxprune.checkpoint import save
+from fxprune.checkpoint.save import new_directory
 from fxprune.checkpoint.source import load_source
 from fxprune.errors import CheckpointError, UsageError
 
@@ -250,3 +252,46 @@ def test_a_disk_that_is_really_full(form: str, size: str, tmp_path: Path, reques
         with pytest.raises(CheckpointError, match=f"could not write '{place}/out': .*No space left on device.*; nothing was left"):
             result.save_pretrained(place / "out")
         assert list(place.iterdir()) == []
+
+
+def test_what_a_killed_process_left_vanishes(tmp_path: Path) -> None:
+    """Parts of the same target that nobody writes any more; not those of a process that is alive, nor of another target."""
+    killed = (
+        "import sys, os, signal\nfrom fxprune.checkpoint.save import new_directory\n"
+        "with new_directory(sys.argv[1]) as work:\n    (work / 'half').write_text('x')\n    {}\n"
+    )
+    for target in ("out", "outer"):
+        code = killed.format("os.kill(os.getpid(), signal.SIGKILL)")
+        assert subprocess.run([sys.executable, "-c", code, target], cwd=tmp_path, check=False).returncode == -9
+    command = [sys.executable, "-c", killed.format("print(flush=True); input()"), "out"]
+    with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as alive:
+        assert alive.stdout is not None
+        alive.stdout.readline()
+        (left,) = tmp_path.glob(".out.*.part")  # the one that is alive: it swept the killed one's
+        for text in ("first", "second"):
+            with new_directory(tmp_path / "out", overwrite=True) as work:
+                (work / "config.json").write_text(text)
+        (before,) = tmp_path.glob(".outer.*.part")
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted([left.name, before.name, "out"])
+        assert (left / "half").is_file()
+        assert (tmp_path / "out" / "config.json").read_text() == "second"
+        stale = tmp_path / ".out.abcdefgh.old"
+        (stale / "was").mkdir(parents=True)
+        alive.kill()
+    with new_directory(tmp_path / "out", overwrite=True) as work:
+        assert not left.exists()
+        assert not stale.exists()
+        (work / "config.json").write_text("third")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [before.name, "out"]
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    other = tmp_path / ".out.abcdefgh.part"
+    other.mkdir()
+    with new_directory(tmp_path / "out") as work:
+        (work / "config.json").write_text("{}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [other.name, "out"]  # who knows whether it is still written to

@@ -90,7 +90,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (("-o", "text.txt/out", "--ratio", "0.2"), "cannot write 'text.txt/out': '{place}/text.txt' is a file"),
         (
             ("-o", "other", "--ratio", "0.2"),
-            "the output directory 'other' exists and is not empty; choose another, or say overwrite=True (--overwrite)",
+            "the output directory 'other' exists and is not empty; choose another, or say --overwrite",
         ),
         (("-o", "dense", "--ratio", "0.2", "--overwrite"), "the output 'dense' is the model itself; choose another directory"),
         (("-o", ".", "--ratio", "0.2", "--overwrite"), "the output directory '.' holds no checkpoint: it will not be replaced"),
@@ -126,7 +126,7 @@ def test_prune_refuses_before_a_model_is_loaded(arguments: tuple[str, ...], said
             2,
             "unknown dtype 'int8'; choose from: auto, bfloat16, float16, float32, float64",
         ),
-        (("prune", "dense", *RATIO, "--protect", "layer.0"), 2, "protect='layer.0' matches no group and no block; "),
+        (("prune", "dense", *RATIO, "--protect", "layer.0"), 2, "--protect layer.0 matches no group and no block; "),
         (("prune", "dense", *RATIO, "--kinds", "experts"), 2, "this model has no prunable group of kind experts; it has ffn, "),
         (
             ("prune", "dense", *RATIO, "--calibration", "short.txt"),
@@ -138,7 +138,7 @@ def test_prune_refuses_before_a_model_is_loaded(arguments: tuple[str, ...], said
             2,
             "calibration text needs a tokenizer, and there is none beside 'other'",
         ),
-        (("prune", "dense", *OUT, "--ratio", "0.99"), 2, "a ratio of 99.0% cannot be reached: with kinds=kv_heads,"),
+        (("prune", "dense", *OUT, "--ratio", "0.99"), 2, "a ratio of 99.0% cannot be reached: with --kinds kv_heads,"),
         (
             ("prune", "dense", *OUT, "--plan", "foreign.json"),
             2,
@@ -162,9 +162,13 @@ def test_prune_refuses_before_a_model_is_loaded(arguments: tuple[str, ...], said
             2,
             "length must be at least 2 and stride between 1 and length, got ",
         ),
-        (("eval", "dense", "--text", "text.txt", "--length", "8", "--stride", "9"), 2, "got length=8, stride=9"),
-        (("eval", "dense", "--text", "text.txt", "--length", "8", "--batch-size", "0"), 2, "must be at least 1, got batch_size=0"),
-        (("eval", "dense", "--text", "text.txt", "--length", "8", "--max-windows", "0"), 2, "max_windows=0"),
+        (("eval", "dense", "--text", "text.txt", "--length", "8", "--stride", "9"), 2, "got --length 8, --stride 9"),
+        (
+            ("eval", "dense", "--text", "text.txt", "--length", "8", "--batch-size", "0"),
+            2,
+            "must be at least 1, got --batch-size 0",
+        ),
+        (("eval", "dense", "--text", "text.txt", "--length", "8", "--max-windows", "0"), 2, "--max-windows 0"),
         (("eval", "other", "--text", "text.txt"), 2, "there is no tokenizer beside 'other'"),
         (
             ("groups", "dense", "--export", "groups.png"),

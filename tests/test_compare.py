@@ -168,7 +168,7 @@ def test_each_latency_is_divided_by_the_dense_one_beside_it(tmp_path: Path) -> N
     (line,) = [line for line in found.lines if line.number.label == "prefill of 128 tokens (ms)"]
     assert (line.denses, line.kept) == ((10.0, 40.0, None), (0.8, 0.75, 0.5))
     row = Tables(found.html()).row("prefill of 128 tokens (ms)")
-    assert row == ["10.0 to 40.0", "8.0 (80.0%)", "30.0 (75.0%)", "5.0 (50.0%)"]
+    assert row == ["10.00 to 40.00", "8.00 (80.0%)", "30.00 (75.0%)", "5.00 (50.0%)"]
     assert found.html().count("in brackets: the share of the dense model") == 1
     assert found.notes == ()
 

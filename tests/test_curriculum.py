@@ -261,7 +261,7 @@ def test_a_dense_model_is_needed_where_weights_follow_it(files: tuple[str, str])
         trained(build("llama"), None, curriculum=curriculum(files))
     assert str(caught.value) == (
         "dynamic weights follow what the pruned model has lost against the dense one, and there is no teacher: pass the dense "
-        "model, teacher=, or say weights='static'"
+        "model, teacher=, or take static weights (weights='static', --curriculum static)"
     )
     with pytest.raises(UsageError, match="the teacher predicts 60 tokens, the model 97: it must be the dense model"):
         taught(curriculum(files), teacher=build("llama", vocab_size=60))

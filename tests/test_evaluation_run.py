@@ -312,8 +312,8 @@ def test_overlap_is_found_from_both_sides() -> None:
     assert found["of_text"] < 0.01
     assert found["of_data"] == 1
     assert warning(found) == (
-        f"WARNING: the evaluation text text overlaps with the calibration data alpaca.jsonl: {found['of_text']:.1%} of its 13-word "
-        "sequences were seen, and 100.0% of what was seen is in it; its score says little"
+        f"WARNING: the evaluation text 'text' was seen in calibration (data 'alpaca.jsonl'): {found['of_text']:.1%} of the text's "
+        "13-word sequences are in the data, 100.0% of the data's in the text; a score on it says little about other text"
     )
     with pytest.raises(UsageError, match="the recovery data 'x': this is no sketch of a text: KeyError: 'limit'"):
         find_overlaps({"text": text}, [{"use": "recovery", "name": "x", "sketch": {}}])
@@ -346,7 +346,7 @@ def test_overlap_with_texts_and_tasks_is_in_the_evaluation(model: nn.Module, tok
     assert beside.dense is not None
     assert (len(beside.overlaps), beside.dense.overlaps) == (1, ())
     assert found.notes()[0].startswith(
-        "WARNING: the evaluation text ptb overlaps with the recovery data alpaca.jsonl: 100.0% of its "
+        "WARNING: the evaluation text 'ptb' was seen in recovery (data 'alpaca.jsonl'): 100.0% of the text's "
     )
     assert fxprune.evaluate(model, tokenizer, **options, seen=[entry(prose(5))]).overlaps == ()
 
@@ -402,7 +402,7 @@ def test_the_command_in_json(run: Run, files: Path) -> None:
     assert told["latency"]["prompt"] == 128
     assert told["dense"] is told["kept"] is None
     assert {o["text"] for o in told["overlaps"]} == {"wikitext2", "ptb"}
-    assert "WARNING: the evaluation text ptb overlaps with the recovery data alpaca.jsonl: " in err
+    assert "WARNING: the evaluation text 'ptb' was seen in recovery (data 'alpaca.jsonl'): " in err
 
 
 def test_one_text_is_told_in_a_line(run: Run) -> None:
@@ -429,7 +429,7 @@ def test_latency_alone(run: Run) -> None:
         (("small", "--tasks", "boolq,pica"), 2, "unknown task 'pica'; did you mean 'piqa'"),
         (("small", "--tasks", "all", "--data", "none"), 2, "there is no directory 'none' with task files"),
         (("small", "--tasks", "all", "--data", "small"), 2, "there is no boolq.jsonl.gz (nor boolq.jsonl) in 'small'"),
-        (("small", "--tasks", "all", "--data", ".", "--limit", "0"), 2, "limit must be at least 1, got limit=0"),
+        (("small", "--tasks", "all", "--data", ".", "--limit", "0"), 2, "limit must be at least 1, got --limit 0"),
         (("small", "--text", "ptb.txt.gz", "--data", "."), 2, "--data holds task files: say --tasks all, or which"),
         (("small", "--text", "ptb.txt.gz", "--protocol", "gptq"), 2, "unknown protocol 'gptq'; choose from: llm-pruner, stream"),
         (("small", "--texts", "ptb"), 2, "'ptb' is not of the form name=FILE,name=FILE with a different name for each"),

@@ -107,6 +107,11 @@ def test_the_table_is_numbered_and_says_what_changed(traced: GraphModule) -> Non
     assert float(first[2]) >= 0
 
 
+def test_it_says_which_passes_it_has() -> None:
+    assert repr(Pipeline([look_only])) == "Pipeline of 1 pass:\n    1. look_only"
+    assert str(Pipeline([DependencyPass(), Clone()])) == "Pipeline of 2 passes:\n    1. DependencyPass\n    2. Clone"
+
+
 def test_it_prints_the_table_where_stderr_is_a_terminal(
     traced: GraphModule, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

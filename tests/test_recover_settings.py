@@ -36,6 +36,7 @@ def test_overrides_may_be_texts() -> None:
     ("changes", "said"),
     [
         ({"lrr": 1}, "there is no recovery setting 'lrr'; did you mean 'lr'?"),
+        ({"learning_rate": 1}, "there is no recovery setting 'learning_rate'; it is called lr here"),
         ({"method": "lore"}, "unknown method 'lore'; did you mean 'lora'? Choose from: full, lora"),
         ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'?"),
         ({"precision": "fp16"}, "unknown precision 'fp16'; did you mean 'bf16'? Choose from: auto, bf16, fp32"),

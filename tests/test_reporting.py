@@ -183,7 +183,7 @@ def test_every_number_is_the_jsons() -> None:
     assert table.row("boolq, acc (%)") == ["75.0", "60.0", "-15.0 points"]
     assert table.row("average of tasks (%)") == ["75.0", "60.0", "-15.0 points"]
     assert table.row("model.layers.2.mlp.down_proj.weight") == ["0.2", "0.12"]
-    assert table.row("prefill of 128 tokens (ms)") == ["10.0", "8.0", "-20.0%"]
+    assert table.row("prefill of 128 tokens (ms)") == ["10.00", "8.00", "-20.0%"]
     assert table.row("perplexity, held out") == ["40.25 before, 31.50 after"]
     assert ["tokens read", "176 in all"] in table.rows
     assert ["tokens read", "800"] in table.rows
@@ -206,7 +206,7 @@ def test_markdown_says_the_same() -> None:
             assert " ".join(cell.split()).replace("*", "\\*") in text.replace("\\<", "<"), cell
     plain = re.sub(r"\\(.)", r"\1", text)
     for said in (
-        "the evaluation text wiki overlaps with the calibration data text.txt: 25.0% of its 13-word sequences were seen",
+        "the evaluation text 'wiki' was seen in calibration (data 'text.txt'): 25.0% of the text's 13-word sequences are in",
         "a first note",
         "a second note",
         "not packed",

@@ -66,6 +66,15 @@ def test_layer_errors(coarse: Groups) -> None:
     assert error(flat, kinds=("hidden", "experts")) == "this model has no prunable group of kind hidden, experts; it has other"
 
 
+def test_kinds_that_are_not_there_beside_some_that_are(coarse: Groups) -> None:
+    plan = select(coarse, random_scores(coarse), units=0.5, kinds=("ffn", "experts", "channels"))
+    assert plan.recipe["note"] == (
+        "this model has nothing of kind 'experts' that can be pruned; this model has nothing of kind 'channels' that can be pruned"
+    )
+    usual = select(coarse, random_scores(coarse), units=0.5, kinds=("ffn", "kv_heads", "query_groups"))
+    assert "note" not in usual.recipe
+
+
 def test_out_of_reach(coarse: Groups) -> None:
     with pytest.raises(PlanError) as raised:
         select(coarse, random_scores(coarse), ratio=0.9, kinds="ffn")

@@ -102,6 +102,7 @@ def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"max_steps": 5}, "max_steps is of a recovery by itself: for a shearing set steps instead"),
         ({"epochs": 2}, "epochs is of a recovery by itself: for a shearing set tokens or steps instead"),
         ({"perods": 3}, "there is no shearing setting 'perods'; did you mean 'periods'?"),
+        ({"lora_alpha": 3}, "there is no shearing setting 'lora_alpha'; it is called alpha here"),
         ({"recipe": "lorashea"}, "unknown recipe 'lorashea'; did you mean 'lorashear'?"),
         ({"recipe": "llm-pruner"}, "unknown recipe 'llm-pruner'; choose from: default, lorashear"),
         ({"recipe": {"perods": 3}}, "the recipe has an unknown setting 'perods'; did you mean 'periods'?"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -27,11 +29,14 @@ if TYPE_CHECKING:
     from ..api import PruneResult
 
 SPEC_FILE = "fxprune_surgery.json"
+PART, OLD = ".part", ".old"
 
 
 @contextmanager
 def new_directory(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary directory beside ``target`` that takes its place when the block ends well, and vanishes when it does not.
+
+    What a process that was killed left of such directories of the same target vanishes too.
 
     Raises:
         UsageError: The target exists (and may not be overwritten), or its parent cannot be written to.
@@ -42,7 +47,8 @@ def new_directory(target: str | os.PathLike[str], *, overwrite: bool = False) ->
     made = [p for p in target.parents if not p.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+        _sweep(target)
+        work, lock = _beside(target, PART)
     except OSError as error:
         _remove_empty(made)
         raise UsageError(f"cannot write beside '{typed}': {error.strerror}") from error
@@ -50,6 +56,7 @@ def new_directory(target: str | os.PathLike[str], *, overwrite: bool = False) ->
         yield work
         work.chmod(0o755)
         _put_in_place(work, target)
+        _sweep(target)
     except Exception as error:
         trouble = None if isinstance(error, CheckpointError) else _disk_trouble(error)
         if trouble is None:
@@ -57,7 +64,45 @@ def new_directory(target: str | os.PathLike[str], *, overwrite: bool = False) ->
         raise CheckpointError(f"could not write '{typed}': {trouble}; nothing was left behind") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
         _remove_empty(made)
+
+
+def _beside(target: Path, suffix: str) -> tuple[Path, int]:
+    """A new directory beside the target, and the descriptor that holds the lock on it: as long as that is open, none sweeps it."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=suffix, dir=target.parent))
+        if (lock := _locked(path, needed=False)) is not None:
+            return path, lock
+
+
+def _locked(path: Path, *, needed: bool) -> int | None:
+    """A descriptor with the lock on a directory; None where another process has it or has removed the directory.
+
+    On a file system without locks None too if one is needed, and the bare descriptor if not.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError as error:
+        held = not needed and not isinstance(error, BlockingIOError)
+    if held and path.exists():
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed processes left beside a target: parts of it, and, where it stands, what stood there before."""
+    for suffix in (PART, OLD) if target.exists() else (PART,):
+        for path in target.parent.glob(f".{glob.escape(target.name)}.????????{suffix}"):
+            if (lock := _locked(path, needed=True)) is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
 
 
 def _put_in_place(work: Path, target: Path) -> None:
@@ -65,7 +110,7 @@ def _put_in_place(work: Path, target: Path) -> None:
     if not target.exists():
         work.rename(target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    old, lock = _beside(target, OLD)
     try:
         target.rename(old / "was")
         try:
@@ -76,6 +121,7 @@ def _put_in_place(work: Path, target: Path) -> None:
     finally:
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
+        os.close(lock)
 
 
 def _remove_empty(made: list[Path]) -> None:

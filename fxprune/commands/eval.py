@@ -86,9 +86,10 @@ def _write(path: Path, found: Evaluation) -> None:
 
 def _show(arguments: argparse.Namespace, found: Evaluation) -> None:
     only_text = bool(arguments.text) and not (arguments.texts or found.tasks or found.dense)
-    for overlap in found.overlaps:
-        console.print(warning(overlap), style="bold red", markup=False, highlight=False)
-    out = Console()
+    out, warnings = Console(), [warning(overlap) for overlap in found.overlaps]
+    if arguments.json or not out.is_terminal:  # else they stand among the notes, on the same screen
+        for each in warnings:
+            console.print(each, style="bold red", markup=False, highlight=False)
     if arguments.json:
         data = found.to_json()
         dump({"perplexity": data["perplexities"][0], **data} if only_text else data)
@@ -99,4 +100,4 @@ def _show(arguments: argparse.Namespace, found: Evaluation) -> None:
     if not only_text:
         out.print(found.table())
     for note in found.notes():
-        print(note)
+        out.print(note, style="bold red" if note in warnings else None, markup=False, highlight=False, soft_wrap=True)

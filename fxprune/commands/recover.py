@@ -113,7 +113,10 @@ def _show(result: RecoveryResult) -> None:
     share = report.trained_parameters / report.parameters
     console.print(f"trained     {report.trained_parameters:,} parameters ({share:.1%}), {report.settings['method']}")
     pace = f", {report.tokens_per_second:,.0f} tokens/s" if report.tokens_per_second else ""  # too few steps tell of none
-    console.print(f"steps       {report.steps} ({report.stopped}), {report.tokens:,} tokens{pace}")
+    asked, why = report.settings["max_steps"] or 0, report.stopped
+    if report.steps == report.choices.get("steps_planned") and report.steps < asked and report.settings["max_tokens"] is None:
+        why = f"not {asked}: the data was passed over {report.settings['epochs']:g} times by then"
+    console.print(f"steps       {report.steps} ({why}), {report.tokens:,} tokens{pace}")
     if report.history["loss"]:
         console.print(f"loss        {report.history['loss'][0]:.3f} -> {report.history['loss'][-1]:.3f}")
     if report.perplexity is not None:

@@ -180,8 +180,8 @@ def _measures(found: Evaluation) -> dict[str, Measure]:
     add("bytes", "parameter memory (MB)", found.cost.bytes, lambda n: f"{n / 1e6:,.1f}")
     add("macs", "MACs per token", found.cost.macs, "{:,}")
     if found.latency is not None:
-        add("prefill_ms", f"prefill of {found.latency.prompt} tokens (ms)", found.latency.prefill_ms, "{:,.1f}")
-        add("decode_ms", "decode (ms/token)", found.latency.decode_ms, "{:,.1f}")
+        add("prefill_ms", f"prefill of {found.latency.prompt} tokens (ms)", found.latency.prefill_ms, "{:,.2f}")
+        add("decode_ms", "decode (ms/token)", found.latency.decode_ms, "{:,.2f}")
     for p in found.perplexities:
         add(f"perplexity/{p.text}/{p.length}", f"perplexity, {p.text}, {p.length} tokens", p.perplexity, "{:,.2f}")
     for t in found.tasks:

@@ -15,7 +15,7 @@ from ..passes.knowledge import check_options
 from ..passes.selection import Selection
 from ..recipes import SHEARINGS, RecipeLike, read_recipe
 from ..recovery.curriculum import Curriculum
-from ..recovery.settings import FREE, Recovery, settings_of
+from ..recovery.settings import FREE, Recovery, setting_meant, settings_of
 from .arguments import check_settings, check_target
 from .saliency import check_weights
 
@@ -204,7 +204,7 @@ def settle(recipe: RecipeLike, given: Mapping[str, Any]) -> Shearing:
     said = {**usual, **read_recipe(recipe, SHEARINGS, {**Recovery().to_json(), **usual})}
     for name, value in given.items():
         if name not in OWN and name not in TRAINING:
-            raise UsageError(f"there is no shearing setting '{name}'; {nearest(name, (*OWN, *TRAINING))}")
+            raise UsageError(f"there is no shearing setting '{name}'; {setting_meant(name, (*OWN, *TRAINING))}")
         said[name] = _read(name, value) if isinstance(value, str) and name in OWN else value
     weighed = "saliency" in given or _weights(said["saliency"]) != _weights(usual["saliency"])
     if weighed and said["criterion"] == AUTO:

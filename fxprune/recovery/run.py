@@ -150,7 +150,7 @@ def _given(
     if curriculum.weights == "dynamic" and teacher is None:
         raise UsageError(
             "dynamic weights follow what the pruned model has lost against the dense one, and there is no teacher: pass the dense "
-            "model, teacher=, or say weights='static'"
+            "model, teacher=, or take static weights (weights='static', --curriculum static)"
         )
     refuse_unused(overrides)
     return curriculum

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -224,6 +224,33 @@ RECIPES: dict[str, Recovery] = {
 rest: loss on the answers only (``train_on_inputs`` is off), 2,000 examples held out, measured every 100 steps, the best kept."""
 
 
+ALSO_CALLED = {
+    "learning_rate": "lr",
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "use_rslora": "rslora",
+    "num_train_epochs": "epochs",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "per_device_train_batch_size": "micro_batch_size",
+    "max_length": "length",
+    "max_seq_length": "length",
+    "cutoff_len": "cutoff",
+    "temperature": "distill_temperature",
+    "bf16": "precision",
+}
+"""What transformers, peft and others call settings of ours."""
+
+
+def setting_meant(typed: str, known: Iterable[str]) -> str:
+    """The tail of an error message: which setting may be meant by a name that is none."""
+    return f"it is called {ALSO_CALLED[typed]} here" if typed in ALSO_CALLED else nearest(typed, known)
+
+
 def settings_of(recipe: str | Recovery = "default", overrides: Mapping[str, Any] | None = None) -> Recovery:
     """A recipe with some fields changed.
 
@@ -241,7 +268,7 @@ def settings_of(recipe: str | Recovery = "default", overrides: Mapping[str, Any]
     known = {f.name: str(f.type) for f in fields(Recovery)}
     for name in overrides or {}:
         if name not in known:
-            raise UsageError(f"there is no recovery setting '{name}'; {nearest(name, known)}")
+            raise UsageError(f"there is no recovery setting '{name}'; {setting_meant(name, known)}")
     values = {n: read_value(n, v) if isinstance(v, str) else v for n, v in (overrides or {}).items()}
     return replace(recipe, **values)
 

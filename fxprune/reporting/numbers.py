@@ -198,7 +198,7 @@ def _latency(mine: Mapping[str, Any], dense: Mapping[str, Any] | None, where: Ma
     machine = ", ".join(str(versions[k]) for k in ("machine", "device") if versions.get(k))
     protocol += re.sub(r"(^|, )1 (core|thread)s\b", r"\g<1>1 \2", f", {machine}") if machine else ""
     for label, key in ((f"prefill of {mine['prompt']} tokens (ms)", "prefill_ms"), ("decode (ms/token)", "decode_ms")):
-        yield Number(label, protocol, mine[key], None if dense is None else dense[key], "{:,.1f}", group="latency")
+        yield Number(label, protocol, mine[key], None if dense is None else dense[key], "{:,.2f}", group="latency")
 
 
 def _windows(p: Mapping[str, Any]) -> str:
@@ -210,8 +210,9 @@ def _windows(p: Mapping[str, Any]) -> str:
 
 def overlap_warning(overlap: Mapping[str, Any]) -> str:
     """What to tell people of an evaluation text that was seen before."""
-    seen = f"{overlap['of_text']:.1%} of its {overlap['words']}-word sequences were seen"
+    mine, theirs = (f"{overlap[key]:.1%}" for key in ("of_text", "of_data"))
     return (
-        f"the evaluation text {overlap['text']} overlaps with the {overlap['use']} data {overlap['name']}: {seen}, and "
-        f"{overlap['of_data']:.1%} of what was seen is in it; its score says little"
+        f"the evaluation text '{overlap['text']}' was seen in {overlap['use']} (data '{overlap['name']}'): {mine} of the text's "
+        f"{overlap['words']}-word sequences are in the data, {theirs} of the data's in the text; a score on it says little about "
+        "other text"
     )
