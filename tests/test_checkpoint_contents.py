@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -101,4 +102,7 @@ def test_what_travels_along(widths: str, tmp_path: Path) -> None:
     assert set(files) == wanted
     for name, content in files.items():
         assert not content.startswith((b"\x80", b"PK\x03\x04")), f"{name} is a pickle"
-    assert (out.stat().st_mode & 0o777) == 0o755
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {(p.name, p.stat().st_mode & 0o777) for p in out.iterdir()} == {(name, 0o666 & ~mask) for name in wanted}
+    assert (out.stat().st_mode & 0o777) == 0o777 & ~mask

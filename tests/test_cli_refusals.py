@@ -148,7 +148,7 @@ def test_prune_refuses_before_a_model_is_loaded(arguments: tuple[str, ...], said
         (("verify", "nowhere", "--dense", "dense"), 2, "there is no directory 'nowhere'"),
         (("verify", "dense", "--dense", "dense"), 2, "'dense' holds no fxprune_plan.json: it is no checkpoint that fxprune wrote"),
         (("verify", "dense"), 2, "the following arguments are required: --dense"),
-        (("eval", "dense"), 2, "the following arguments are required: --text"),
+        (("eval", "dense"), 2, "say what to measure: one or more of --text FILE"),
         (("eval", "dense", "--text", "missing.txt"), 2, "there is no file 'missing.txt'"),
         (("eval", "dense", "--text", "short.txt", "--length", "8"), 2, "the text has 3 tokens, fewer than one window of 8"),
         (

@@ -425,12 +425,12 @@ def test_latency_alone(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (("small",), 2, "the following arguments are required: --text, --texts, --tasks or --latency"),
+        (("small",), 2, "say what to measure: one or more of --text FILE, --texts NAME=FILE, --tasks"),
         (("small", "--tasks", "boolq,pica"), 2, "unknown task 'pica'; did you mean 'piqa'"),
         (("small", "--tasks", "all", "--data", "none"), 2, "there is no directory 'none' with task files"),
         (("small", "--tasks", "all", "--data", "small"), 2, "there is no boolq.jsonl.gz (nor boolq.jsonl) in 'small'"),
         (("small", "--tasks", "all", "--data", ".", "--limit", "0"), 2, "limit must be at least 1, got --limit 0"),
-        (("small", "--text", "ptb.txt.gz", "--data", "."), 2, "--data holds task files: say --tasks all, or which"),
+        (("small", "--text", "ptb.txt.gz", "--data", "."), 2, "--data names a directory of task files: say --tasks all"),
         (("small", "--text", "ptb.txt.gz", "--protocol", "gptq"), 2, "unknown protocol 'gptq'; choose from: llm-pruner, stream"),
         (("small", "--texts", "ptb"), 2, "'ptb' is not of the form name=FILE,name=FILE with a different name for each"),
         (("small", "--texts", "ptb=none.txt"), 2, "there is no file 'none.txt'"),

@@ -54,7 +54,7 @@ def new_directory(target: str | os.PathLike[str], *, overwrite: bool = False) ->
         raise UsageError(f"cannot write beside '{typed}': {error.strerror}") from error
     try:
         yield work
-        work.chmod(0o755)
+        _let_read(work)
         _put_in_place(work, target)
         _sweep(target)
     except Exception as error:
@@ -103,6 +103,14 @@ def _sweep(target: Path) -> None:
             if (lock := _locked(path, needed=True)) is not None:
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)
+
+
+def _let_read(work: Path) -> None:
+    """Permissions as the user's umask has them: temporary directories, and files that safetensors writes, are private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (work, *work.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _put_in_place(work: Path, target: Path) -> None:

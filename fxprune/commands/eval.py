@@ -53,10 +53,10 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.text:
         texts[Path(arguments.text).name] = arguments.text
     tasks = check_tasks(TASKS if arguments.tasks == ["all"] else arguments.tasks or ())
-    if not (texts or tasks or arguments.latency):
-        raise UsageError("the following arguments are required: --text, --texts, --tasks or --latency")
     if arguments.data and not tasks:
-        raise UsageError("--data holds task files: say --tasks all, or which")
+        raise UsageError("--data names a directory of task files: say --tasks all, or which; perplexity is measured on --text FILE")
+    if not (texts or tasks or arguments.latency):
+        raise UsageError("say what to measure: one or more of --text FILE, --texts NAME=FILE, --tasks all (or which) and --latency")
     numbers = {"limit": arguments.limit, "batch_size": arguments.batch_size, "max_windows": arguments.max_windows}
     check_numbers(**numbers)
     read_material(texts, tasks, protocol=arguments.protocol, data=arguments.data, limit=arguments.limit)
