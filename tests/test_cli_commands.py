@@ -81,16 +81,16 @@ def test_a_plan_is_replayed(run: Run, place: Path, checkpoint: Path, tmp_path: P
     assert ran.status == 0
     assert (out / "fxprune_report.json").stat().st_ino != was
     for more, said in (
-        (("--criterion", "l1"), "plan= is replayed as it is, and chooses no units: leave out criterion="),
+        (("--criterion", "l1"), "--plan is replayed as it is, and chooses no units: leave out --criterion"),
         (
             ("--recipe", "flap"),
-            "plan= is replayed as it is, and chooses no units: leave out recipe=, or give compensation= with it",
+            "--plan is replayed as it is, and chooses no units: leave out --recipe, or give --compensation with it",
         ),
         (
             ("--calibration", "text.txt"),
-            "plan= is replayed as it is, and reads no text: leave out calibration=, or give compensation=",
+            "--plan is replayed as it is, and reads no text: leave out --calibration, or give --compensation",
         ),
-        (("--compensation", "least-squares", "--rounds", "2"), "chooses no units: leave out rounds="),
+        (("--compensation", "least-squares", "--rounds", "2"), "chooses no units: leave out --rounds"),
     ):
         ran = run("prune", "dense", "-o", str(tmp_path / "third"), "--plan", "checkpoint", *more)
         assert ran.status == 2

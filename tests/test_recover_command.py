@@ -61,7 +61,7 @@ def test_a_recovery_from_end_to_end(run: Run) -> None:
     again = run("pruned", "-o", "out", "--data", "text.jsonl", *SHORT)
     assert (again.status, again.said) == (
         2,
-        "fxprune: the output directory 'out' exists and is not empty; choose another, or say overwrite=True (--overwrite)",
+        "fxprune: the output directory 'out' exists and is not empty; choose another, or say --overwrite",
     )
     assert run("pruned", "-o", "out", "--overwrite", "--data", "text.jsonl", *SHORT, "--seed", "1").status == 0
     assert json.loads(Path("out/fxprune_report.json").read_text())["recovery"]["settings"]["seed"] == 1

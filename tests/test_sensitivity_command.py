@@ -312,7 +312,7 @@ def test_refused(arguments: tuple[str, ...], said: str, run: Run) -> None:
         ),
         (
             ("--knowledge", "FILE", "--recipe", "uniform"),
-            "leaves single layers whole, and with widths='uniform' all layers have one width: use widths='per-layer'",
+            "leaves single layers whole, and with --widths uniform all layers have one width: use --widths per-layer",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
