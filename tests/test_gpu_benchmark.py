@@ -25,7 +25,7 @@ from benchmarks.gpu.plain import Padded
 from benchmarks.gpu.replay import Decoder, measure_replayed, replayed
 from benchmarks.gpu.scale import SCALES
 from benchmarks.gpu.session import Session
-from benchmarks.paper import criteria
+from benchmarks.paper import criteria, lorashear
 from benchmarks.paper.common import Book, run
 from fxprune.errors import FxPruneError, UsageError
 from fxprune.evaluation import measure_cost
@@ -350,6 +350,29 @@ def test_the_script_runs_every_part_whatever_happens_to_one(tmp_path: Path) -> N
     assert done.returncode == 3
     assert (tmp_path / "out" / "gpu.log").read_text().splitlines() == said
     assert list(PARTS) == ["importance", "latency", "recovery"]
+
+
+def test_the_shear_script_measures_memory_once_and_then_shears(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$*"\ncase "$2" in *memory) touch "$6" ;; esac\n')
+    python.chmod(0o755)
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu" / "shear.sh"
+    command = ["bash", str(script), "model.gguf", "texts", str(tmp_path / "out"), "--rows", "kfac"]
+    environment = {**os.environ, "PYTHON": str(python)}
+    for memory in (True, False):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        lines = done.stdout.splitlines()
+        assert len(lines) == 1 + memory
+        if memory:
+            assert lines[0] == f"-m benchmarks.shear_memory --device cuda --output {tmp_path}/out/shear_memory.json"
+        module, *options = lines[-1].split()[1:]
+        assert module == "benchmarks.paper.lorashear"
+        assert options[-2:] == ["--rows", "kfac"]
+        assert options[options.index("--tokens") + 1] == "20000000"
+        with pytest.raises(UsageError, match="there is no directory 'texts'"):  # its options are known, and right up to the texts
+            lorashear.main(options)
+        with pytest.raises(UsageError, match="there is no directory 'texts'"):  # and so are its rows
+            lorashear.main(options[:-2])
 
 
 def test_the_smollm2_script_runs_the_recipe_to_its_end(tmp_path: Path) -> None:
