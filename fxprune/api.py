@@ -196,7 +196,7 @@ def prune(
     aggregation: str | None = None,
     compensation: str | None = None,
     selection: Selection | None = None,
-    plan: PrunePlan | None = None,
+    plan: PrunePlan | str | os.PathLike[str] | None = None,
     loss: Loss | None = None,
     layers_by: str | None = None,
     samples: int | None = None,
@@ -229,8 +229,8 @@ def prune(
         aggregation: See `fxprune.criteria.AGGREGATIONS`.
         compensation: See `fxprune.passes.compensation`.
         selection: Targets and constraints; or give fields of `fxprune.passes.selection.Selection` as keywords.
-        plan: A ready plan to replay; nothing is scored or selected, and nothing compensated unless ``compensation`` says
-            so, then on as many samples as the plan was made with.
+        plan: A ready plan to replay, its file, or a checkpoint that holds one; nothing is scored or selected, and nothing
+            compensated unless ``compensation`` says so, then on as many samples as the plan was made with.
         loss: ``(outputs, batch) -> scalar`` for models without next-token loss.
         layers_by: For kind ``layers``: ``influence`` (least measured influence goes first) or ``first`` (the first ones stay, as in
             LLM-Pruner's layer-wise baseline).
@@ -270,6 +270,8 @@ def prune(
         "sensitivity_samples": sensitivity_samples,
         "rounds": rounds,
     }
+    if isinstance(plan, str | os.PathLike):
+        plan = PrunePlan.load(plan)
     how, chosen = settle(recipe, given, ratio, selection, plan, options, seed)
     replayed = plan is not None
     if replayed and how.compensation == "none" and calibration is not None:

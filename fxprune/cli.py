@@ -113,6 +113,7 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, and know everything or fail."""
+        self._refuse_twice(sys.argv[1:] if args is None else args)
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             options = re.findall(r"--[a-z][a-z-]*", self.format_help())
@@ -120,6 +121,18 @@ class _Parser(argparse.ArgumentParser):
             close = [name for name in TEXT if typed in TEXT and name in options] or difflib.get_close_matches(typed, options, n=1)
             self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean '{close[0]}'?" if close else ""))
         return found, unknown
+
+    def _refuse_twice(self, typed: Sequence[str]) -> None:
+        """Of an option that takes one value the last one would count, and nobody would be told."""
+        seen: set[str] = set()
+        for word in typed:
+            action = self._option_string_actions.get(word.partition("=")[0])
+            if isinstance(action, argparse._StoreAction):
+                if action.dest in seen:
+                    self.error(
+                        f"argument {'/'.join(action.option_strings)}: given twice; it takes one value, see --help for several"
+                    )
+                seen.add(action.dest)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and where the options stand, rather than all of them."""
@@ -135,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     loading = _Parser(add_help=False)
     loading.add_argument("model", help=MODEL)
-    loading.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
+    loading.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16, float64")
     loading.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
     _prune(commands.add_parser("prune", parents=[common, loading], help="prune a model and write a checkpoint"))
     _groups(commands.add_parser("groups", parents=[common, loading], help="show what can be pruned, and why the rest cannot"))
@@ -175,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", help="directory to write the checkpoint to (needed unless --dry-run)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output directory if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in the output directory")
     what = parser.add_argument_group("what to remove")
     what.add_argument("--ratio", type=float, help="share of all parameters, 0.2 for 20 %%")
     what.add_argument("--units", type=shares, help="instead: share of units, 0.25 or ffn=0.3,kv_heads=0.33")
@@ -278,9 +291,9 @@ def _sensitivity(parser: argparse.ArgumentParser) -> None:
 def _recover(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR", help="a checkpoint that fxprune wrote")
     parser.add_argument("-o", "--output", required=True, help="directory to write; the training state is kept in OUTPUT.recovering")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output directory if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in the output directory")
     parser.add_argument("--restart", action="store_true", help="drop the training state of an interrupted run")
-    parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
+    parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16, float64")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
     text = parser.add_argument_group("text", "a file, a datasets name, or a mixture: a.jsonl=0.7,b.txt=0.3")
     text.add_argument("--data", required=True, help="what to train on: instructions, conversations or plain text")
@@ -320,7 +333,7 @@ def _recover(parser: argparse.ArgumentParser) -> None:
 
 def _shear(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, help="directory to write; what is reached is kept in OUTPUT.shearing")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output directory if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in the output directory")
     parser.add_argument("--restart", action="store_true", help="drop what an interrupted run left")
     what = parser.add_argument_group("what to remove")
     what.add_argument("--ratio", type=float, required=True, help="share of all parameters, 0.2 for 20 %%")

@@ -9,6 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FxPruneError, UsageError
+from .names import PLAN_FILE, REPORT_FILE
+
+CONFIG_FILE = "config.json"
+PARTS = {
+    *(CONFIG_FILE, PLAN_FILE, REPORT_FILE, "report.html", "report.md", "README.md", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "model.safetensors.index.json", "fxprune_surgery.json"),
+}
+"""Files of a checkpoint with endings that other things are written with too."""
 
 
 def write_whole(
@@ -49,6 +57,8 @@ def check_file(path: Path, what: str, suffixes: Collection[str]) -> None:
         raise UsageError(f"there is no directory '{path.parent}' to write '{path.name}' to")
     if path.is_dir():
         raise UsageError(f"'{path}' is a directory; name a file")
+    if path.is_file() and path.name in PARTS and (path.parent / CONFIG_FILE).is_file():
+        raise UsageError(f"'{path}' is a part of the checkpoint '{path.parent}': it will not be replaced; name another file")
 
 
 def read_json(path: str | os.PathLike[str], *, called: str = "", error: type[FxPruneError] = UsageError) -> Any:

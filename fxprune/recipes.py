@@ -164,6 +164,9 @@ def _checked(
     if base is not None and (not isinstance(base, str) or base not in named):
         raise UsageError(f"{where} builds on an unknown recipe '{base}'; {nearest(str(base), named)}")
     own = {key: value for key, value in data.items() if key != "recipe"}
+    command, others = ("fxprune shear", _SHEARING) if named is RECIPES else ("fxprune prune", SETTINGS)
+    if foreign := [key for key in own if key in others and key not in settings]:
+        raise UsageError(f"{where} has '{foreign[0]}', a setting of {command}: it is a recipe for that")
     for key in own:
         if key in ("ratio", "units"):
             raise UsageError(

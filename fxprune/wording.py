@@ -33,6 +33,11 @@ def as_typed(message: str, options: Collection[str]) -> str:
             return found[0]
         return f"--{name.replace('_', '-')}" + (f" {value}" if value else "")
 
+    def bare(found: re.Match[str]) -> str:
+        return f"--{found['name'].replace('_', '-')}" if found["name"] in options else found[0]
+
     value = r"(?:'(?P<text>[^' ]*)'|(?P<literal>True|False)|(?P<plain>[\w.*-]+(?:,[\w.*-]+)*(?<![.,])))?"
     said = re.sub(rf"(?<![\w.'-])(?P<name>[a-z][a-z_]*)={value}(?![\w'\"{{\[(]|\.\w)", option, message)
+    said = re.sub(r"(?<![\w.'/-])(?P<name>[a-z]+(?:_[a-z]+)+)(?![\w'/=(]|\.\w)", bare, said)
+    said = re.sub(r"\([a-z_]+='[^']*', (--[^)]*)\)", r"(\1)", said)  # the same in Python, and as an option
     return re.sub(r"(--[a-z-]+(?: [\w.-]+)?) \(\1\)", r"\1", said)

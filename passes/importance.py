@@ -116,6 +116,8 @@ def score(
     """
     found = find_criterion(criterion)
     check_aggregation(aggregation)
+    if isinstance(calibration, str):
+        raise UsageError(f"calibration is a list of batches here, got '{calibration}': fxprune.load_calibration reads a text")
     wanted = [g for g in groups.values() if g.prunable]
     _check_weights(groups)
     if isinstance(found, Criterion) and found.name == "random":

@@ -197,7 +197,7 @@ def _identity(gm: GraphModule, groups: Groups, batches: Sequence[Batch], loss: L
     return {
         "model": groups.fingerprint(),
         "weights": digest(gm.state_dict()),
-        "text": digest({f"{i} {name}": t for i, batch in enumerate(batches) for name, t in batch.items()}),
+        "text, samples or length": digest({f"{i} {name}": t for i, batch in enumerate(batches) for name, t in batch.items()}),
         "loss": getattr(loss or causal_loss, "__qualname__", type(loss).__qualname__),
     }
 

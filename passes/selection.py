@@ -136,7 +136,8 @@ class Selection:
         if self.protect:
             said.append(f"protect={listed(self.protect, 2, ',')}")
         if self.multiple != 1:
-            said.append(f"multiple={self.multiple}")
+            several = self.multiple.items() if isinstance(self.multiple, Mapping) else ()
+            said.append(f"multiple={','.join(f'{kind}={n}' for kind, n in several) or self.multiple}")
         return ", ".join(said)
 
     def to_json(self) -> dict[str, Any]:
@@ -238,7 +239,7 @@ def select(
     """
     chosen, notes = _given(selection, options), list(notes)
     lanes = _lanes(groups, chosen)
-    notes += [f"this model has nothing of kind '{kind}' that can be pruned" for kind in _missing(groups, chosen)]
+    notes += [f"this model has nothing of kind '{kind}' that can be pruned" for kind in missing_kinds(groups, chosen)]
     if chosen.ranking == "measured" and chosen.units is None:
         lanes = _with_curves(lanes, curves, notes)
     _check_scores(groups, lanes, scores)
@@ -259,7 +260,10 @@ def select(
     if notes:
         facts["note"] = "; ".join(notes)
     if not keep and not drop:
-        raise PlanError("nothing would be removed: the ratio is smaller than the smallest unit, or every group is protected")
+        raise PlanError(
+            "nothing would be removed: the share is smaller than the smallest unit, or every group is protected (with "
+            f"{chosen.limits()})"
+        )
     return PrunePlan.from_keep(groups, keep, drop=drop, recipe=facts, scores=dict(scores))
 
 
@@ -279,7 +283,7 @@ def _with_curves(lanes: Sequence[Lane], curves: Curves | None, notes: list[str])
     return found
 
 
-def _missing(groups: Groups, chosen: Selection) -> list[str]:
+def missing_kinds(groups: Groups, chosen: Selection) -> list[str]:
     """Kinds that were asked for and are not there; not those that recipes name for whatever model may come."""
     have = {LAYERS, *DEFAULT_KINDS, *(g.kind for g in groups.values() if g.prunable)}
     return [kind for kind, pace in chosen.pace.items() if pace > 0 and kind not in have]
@@ -338,9 +342,8 @@ def _lanes(groups: Groups, chosen: Selection) -> list[Lane]:
     wanted = [k for k, pace in chosen.pace.items() if pace > 0]
     have = {g.kind for g in groups.values() if g.prunable}
     if LAYERS not in wanted and not have.intersection(wanted):
-        raise UsageError(
-            f"this model has no prunable group of kind {', '.join(wanted)}; it has {', '.join(sorted(have)) or 'none'}"
-        )
+        there = sorted(have | ({LAYERS} if groups.blocks else set()))
+        raise UsageError(f"this model has no prunable group of kind {', '.join(wanted)}; it has {', '.join(there) or 'none'}")
     lanes: dict[tuple[str, int], Lane] = {}
     for group in eligible:
         key = (group.family if chosen.widths == "uniform" else group.name, group.size)

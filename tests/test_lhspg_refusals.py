@@ -113,7 +113,7 @@ def test_something_else_than_an_optimizer() -> None:
         ),
         (
             {"ratio": None, "selection": Selection(units=0.1, kinds=("hidden",))},
-            "this model has no prunable group of kind hidden; it has ffn, head_dim, kv_heads, query_groups",
+            "this model has no prunable group of kind hidden; it has ffn, head_dim, kv_heads, layers, query_groups",
         ),
     ],
 )
@@ -143,7 +143,7 @@ def test_scores_that_do_not_fit() -> None:
 def test_a_target_that_cannot_be_met_is_refused_before_any_training() -> None:
     with pytest.raises(PlanError, match=r"a ratio of 60\.0% cannot be reached"):
         made(*fresh(targets=ALL[:4]), ratio=0.6)
-    with pytest.raises(PlanError, match="nothing would be removed: the ratio is smaller than the smallest unit"):
+    with pytest.raises(PlanError, match="nothing would be removed: the share is smaller than the smallest unit"):
         made(*fresh(), ratio=1e-4)
 
 

@@ -216,8 +216,8 @@ def test_a_run_of_another_kind_is_refused(text: Path, tmp_path: Path) -> None:
     cases: list[tuple[Any, str, dict[str, Any], str]] = [
         (pruned(), str(text), {"lr": 1e-3}, r"another recovery: lr was 0.003, now 0.001\. Repeat"),
         (pruned(), str(text), {"targets": ("q_proj",)}, r"targets was all, now \['q_proj'\]"),
-        (pruned(), str(other), {}, r"the data was [0-9a-f]{16}, now [0-9a-f]{16}; the validation data was"),
-        (uneven(), str(text), {}, r"the model was [0-9a-f]{16}, now [0-9a-f]{16}; its plan was [0-9a-f]{16}, now [0-9a-f]{16}\."),
+        (pruned(), str(other), {}, r"the data differs; the validation data was"),
+        (uneven(), str(text), {}, r"the model differs; its plan differs\."),
         (pruned(), str(text), {"packing": "off"}, r"packing was auto, now off; packed was True, now False"),
     ]
     for target, data, changes, said in cases:

@@ -85,7 +85,10 @@ def test_out_of_reach(coarse: Groups) -> None:
     )
     with pytest.raises(PlanError) as raised:
         select(coarse, random_scores(coarse), ratio=0.001)
-    assert str(raised.value) == "nothing would be removed: the ratio is smaller than the smallest unit, or every group is protected"
+    assert str(raised.value) == (
+        "nothing would be removed: the share is smaller than the smallest unit, or every group is protected (with "
+        "kinds=kv_heads,query_groups,ffn)"
+    )
 
 
 @pytest.mark.parametrize(

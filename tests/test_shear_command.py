@@ -106,7 +106,7 @@ def test_what_was_sheared_is_not_what_was_only_cut(run: Run, capsys: pytest.Capt
         ),
         (
             ["--ratio", "0.2", "--steps", "20", "--shear-share", "1", "--plot", "x.png"],
-            "--plot draws the recovery, and shear_share is 1: there is none",
+            "--plot draws the recovery, and --shear-share is 1: there is none",
         ),
         (["--ratio", "0.2", "--steps", "20", "--device", "cuda:9"], "cannot use device 'cuda:9'"),
         (["--ratio", "0.2", "--steps", "20", "--recipe", "mine.yaml"], "there is no recipe file 'mine.yaml'"),

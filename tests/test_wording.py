@@ -27,6 +27,10 @@ OPTIONS = {"widths", "protect_first", "kinds", "overwrite", "restart", "teacher"
         ("overwrite=False", "overwrite=False"),
         ("'ratio=0.5' is no name, nor is 'a.plan=0.5'", "'ratio=0.5' is no name, nor is 'a.plan=0.5'"),
         ("fxprune.load(dir, model=dense)", "fxprune.load(dir, model=dense)"),
+        ("protect_first must be 0", "--protect-first must be 0"),
+        ("'protect_first' of protect_first.json", "'protect_first' of protect_first.json"),
+        ("take static ones (weights='static', --curriculum static)", "take static ones (--curriculum static)"),
+        ("with kinds=ffn, widths=uniform at most", "with --kinds ffn, --widths uniform at most"),
     ],
 )
 def test_keyword_arguments_are_said_as_the_options_of_the_command(message: str, typed: str) -> None:

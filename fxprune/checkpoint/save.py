@@ -163,6 +163,11 @@ def check_target(target: str | os.PathLike[str], *, overwrite: bool = False) -> 
             )
         if not any((path / name).is_file() for name in ("config.json", PLAN_FILE)):
             raise UsageError(f"the output directory '{path}' holds no checkpoint: it will not be replaced; choose another")
+        within = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if within:
+            raise UsageError(
+                f"the output directory '{path}' holds other directories ('{within[0]}'): it will not be replaced; choose another"
+            )
     nearest = next(p for p in Path(os.path.abspath(path)).parents if p.exists())
     if not nearest.is_dir():
         raise UsageError(f"cannot write '{path}': '{nearest}' is a file")

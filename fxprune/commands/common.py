@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -87,6 +89,23 @@ def load_model(arguments: argparse.Namespace, *, meta: bool = False) -> tuple[nn
         return (model if meta else model.to(arguments.device)), tokenizer
     except RuntimeError as error:
         raise UsageError(f"cannot use device '{arguments.device}': {str(error).splitlines()[0]}") from error
+
+
+def check_apart(output: str, **inputs: str | None) -> None:
+    """Raise `UsageError` for what is read and lies in the output: that would be replaced by what is written.
+
+    Args:
+        output: The directory.
+        **inputs: For each option what was given for it; of mixtures, every text.
+    """
+    place = Path(os.path.realpath(output))
+    for option, given in inputs.items():
+        for name in re.split(r"[,=]", given or "") if place.is_dir() else ():
+            found = Path(os.path.realpath(name))
+            if name and found.exists() and place in (found, *found.parents):
+                raise UsageError(
+                    f"'{name}' ({option}) is in the output directory '{output}', which would be replaced: choose another output"
+                )
 
 
 def check_device(device: str) -> None:

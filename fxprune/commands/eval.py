@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from ..checkpoint.source import load_source
 from ..errors import UsageError
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.dense:
             del model
             dense, _ = load_source(arguments.dense, dtype=arguments.dtype)
+            _check_dense(arguments, dense)
             found = found.against(evaluate(dense.to(arguments.device), tokenizer, **options, progress=advance))
     if arguments.output:
         _write(Path(arguments.output), found)
@@ -65,7 +67,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.attach:
         read_record(arguments.model)
     if arguments.dense and not arguments.dense.endswith(".gguf"):
-        load_source(arguments.dense, meta=True)  # a wrong name is told before hours of measuring
+        _check_dense(arguments, load_source(arguments.dense, meta=True)[0])  # a wrong one is told before hours of measuring
     elif arguments.dense and not Path(arguments.dense).is_file():
         raise UsageError(f"there is no file '{arguments.dense}'")
     return {
@@ -78,6 +80,18 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "latency": arguments.latency,
         **numbers,
     }
+
+
+def _check_dense(arguments: argparse.Namespace, dense: nn.Module) -> None:
+    """Raise `UsageError` where numbers of a model that a checkpoint was not made from would stand in its report."""
+    if not arguments.attach:
+        return
+    before, here = read_record(arguments.model).report.get("parameters_before"), sum(p.numel() for p in dense.parameters())
+    if before not in (None, here):
+        raise UsageError(
+            f"'{arguments.model}' was made from a model of {before:,} parameters, and '{arguments.dense}' (--dense) has {here:,}: "
+            "name its own, or leave --attach out"
+        )
 
 
 def _write(path: Path, found: Evaluation) -> None:

@@ -28,7 +28,7 @@ from ..passes.selection import Selection, select
 from ..plan import PrunePlan
 from ..planning import Planning, settle
 from ..table import wide_console
-from .common import check_share, describe_widths, dump, load_model, progress, show_result
+from .common import check_apart, check_share, describe_widths, dump, load_model, progress, show_result
 
 HOW = tuple(field.name for field in fields(Planning) if field.name != "seed")
 WHAT = tuple(field.name for field in fields(Selection) if field.name != "ratio")
@@ -82,6 +82,10 @@ def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection
         if not arguments.output:
             raise UsageError("name an output directory with -o (or add --dry-run)")
         check_target(arguments.output, overwrite=arguments.overwrite)
+        check_apart(
+            arguments.output,
+            **{f"--{name}": getattr(arguments, name) for name in ("calibration", "knowledge")},
+        )
         if Path(arguments.output).exists() and Path(arguments.model).exists() and samefile(arguments.output, arguments.model):
             raise UsageError(f"the output '{arguments.output}' is the model itself; choose another directory")
     if arguments.plan:

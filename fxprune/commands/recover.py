@@ -21,7 +21,7 @@ from ..recovery.run import recover
 from ..recovery.settings import settings_of
 from ..recovery.state import SUFFIX
 from ..wording import counted
-from .common import check_device, console, goes_on, interrupted, progress, quiet_libraries
+from .common import check_apart, check_device, console, goes_on, interrupted, progress, quiet_libraries
 
 FLAGS = (
     "samples",
@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     curriculum = _curriculum(arguments)
     if arguments.plot is not None:
         check_plot(arguments.plot)
+    check_apart(arguments.output, **{f"--{name}": getattr(arguments, name) for name in ("teacher", "data", "validation")})
     quiet_libraries()
     check_device(arguments.device)
     main = int(os.environ.get("RANK", "0")) == 0

@@ -15,7 +15,7 @@ from ..lorashear.settings import settle
 from ..lorashear.work import SUFFIX
 from ..plotting import check_plot
 from ..recovery.plot import plot_curriculum
-from .common import check_device, console, goes_on, interrupted, progress, quiet_libraries
+from .common import check_apart, check_device, console, goes_on, interrupted, progress, quiet_libraries
 from .recover import overrides_of, show_curriculum
 
 FLAGS = (
@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_plot(arguments.plot)
         if settings.shear_share == 1:
             raise UsageError("--plot draws the recovery, and shear_share is 1: there is none")
+    texts = ",".join([arguments.data, *(arguments.then or ())])
+    check_apart(arguments.output, **{"--data": texts, "--knowledge": arguments.knowledge})
     quiet_libraries()
     check_device(arguments.device)
     own = {name: value for name, value in settings.to_json().items() if name in given}

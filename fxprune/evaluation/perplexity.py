@@ -119,7 +119,8 @@ def window_starts(
     """Where the windows of `perplexity` start; its errors come from here, before the model is run."""
     step = length if stride is None else stride
     if length < 2 or not 1 <= step <= length:
-        raise UsageError(f"length must be at least 2 and stride between 1 and length, got length={length}, stride={step}")
+        got = f"length={length}" + (f", stride={stride}" if stride is not None else "")
+        raise UsageError(f"length must be at least 2 and stride between 1 and length, got {got}")
     if batch_size < 1 or (max_windows is not None and max_windows < 1):
         raise UsageError(f"batch_size and max_windows must be at least 1, got batch_size={batch_size}, max_windows={max_windows}")
     longest = longest_input(model)

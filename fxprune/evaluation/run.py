@@ -73,6 +73,12 @@ def evaluate(
         UsageError: An argument, text or file that cannot be used; lm-eval is missing and a task is wanted; ``dense`` was measured
             otherwise.
     """
+    if texts is not None and not isinstance(texts, Mapping):
+        raise UsageError(f"texts are a mapping from names to files, got {texts!r}")
+    if lengths is not None and not isinstance(lengths, Sequence):
+        raise UsageError(f"lengths are numbers of tokens in a list, got {lengths!r}")
+    if dense is not None and not isinstance(dense, nn.Module | Evaluation):
+        raise UsageError(f"the dense model is a module or an evaluation of it, got {dense!r}")
     names, texts = check_tasks(tasks), texts or {}
     lengths = tuple(dict.fromkeys((min(128, longest_input(model) or 128),) if lengths is None else lengths))
     check_numbers(limit=limit, batch_size=batch_size)

@@ -144,7 +144,7 @@ def check_reads(criterion: str | Criterion | UserCriterion | None) -> None:
     """Raise `UsageError` unless that criterion (None: the default) reads calibration text."""
     found = find_criterion(CRITERION if criterion is None else criterion)
     if isinstance(found, Criterion) and not found.calibrated:
-        raise UsageError(f"criterion '{found.name}' reads no text: leave out calibration, or name one that does, such as taylor1")
+        raise UsageError(f"criterion '{found.name}' reads no text: leave out calibration=, or name one that does, such as taylor1")
 
 
 def _named(criterion: Criterion | UserCriterion) -> dict[str, str]:

@@ -28,6 +28,7 @@ from ..errors import UsageError
 from ..files import read_json, write_whole
 from ..knowledge import Knowledge
 from ..passes.batches import Progress
+from ..passes.selection import missing_kinds
 from ..recipes import RecipeLike
 from ..recovery.curriculum import Curriculum
 from ..recovery.data import check_tokens, load_stages
@@ -189,6 +190,8 @@ class _Shearing:
     def prune(self) -> None:
         """Groups, knowledge, LHSPG, removal: ``OUTPUT.shearing/pruned``."""
         parts, work = self.parts, self.parts.work
+        absent = missing_kinds(parts.bare[1], parts.settings.selection(parts.ratio))
+        parts.notes += [f"this model has nothing of kind '{kind}' that can be pruned" for kind in absent]
         if "begun" not in work.stages:
             parts.rehearse(self.knowledge)
             work.record("begun", {})

@@ -95,6 +95,10 @@ class WorkDirectory:
         """
         wanted = json.loads(json.dumps(identity))
         if not restart and self._identity is not None:
+            if not (self.lhspg.exists() or self.pruned.exists()):  # what was measured so far does not depend on the ratio
+                if self._identity.get("ratio") != wanted.get("ratio"):
+                    self.stages.pop("begun", None)
+                self._identity = {**self._identity, "ratio": wanted.get("ratio")}
             refuse_other(self.typed, "shearing", self._identity, wanted)
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,9 @@ def recover(
         name = "distill_weight" if settings.distill_weight else "hidden_weight"
         raise UsageError(f"{name} is {getattr(settings, name):g} and there is no teacher: pass the dense model, teacher=")
     if teacher is not None and not settings.distils and curriculum is None:
-        raise UsageError("there is a teacher and nothing to learn from it: set distill_weight or hidden_weight")
+        raise UsageError(
+            "there is a teacher and nothing to learn from it: set distill_weight (--set distill_weight=0.5) or hidden_weight"
+        )
     read = _given(data, curriculum, teacher, overrides)
     held = None if validation is None else sources_of(validation)
     if output is not None:

@@ -213,15 +213,23 @@ def refuse_other(typed: str, of: str, theirs: Mapping[str, Any], own: Mapping[st
     """
     changed = [key for key in {**own, **theirs} if own.get(key) != theirs.get(key)]
     if changed:
-        said = [f"{k} was {_short(theirs.get(k))}, now {_short(own.get(k))}" for k in changed[:4]]
+        said = [
+            f"{k} differs"
+            if _DIGEST.fullmatch(str(own.get(k))) and _DIGEST.fullmatch(str(theirs.get(k)))
+            else f"{k} was {_short(theirs.get(k))}, now {_short(own.get(k))}"
+            for k in changed[:4]
+        ]
         raise UsageError(
             f"'{typed}' holds the state of another {of}: {'; '.join(said)}. Repeat the settings it was started with, or start over "
             "with --restart (restart=True)"
         )
 
 
+_DIGEST = re.compile(r"[0-9a-f]{16,}")
+
+
 def _short(value: Any) -> str:
-    text = str(value)
+    text = ",".join(value) if isinstance(value, Mapping) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

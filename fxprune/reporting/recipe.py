@@ -93,7 +93,7 @@ def calibration_text(report: Mapping[str, Any]) -> str:
 
 
 def shear_command(report: Mapping[str, Any], name: str) -> str:
-    """The command that shears the dense model so again, with the tokens that were read as its limit; empty without a shearing."""
+    """The command that shears the dense model so again, within the same budget; empty without a shearing."""
     shearing = report.get("shearing")
     if not shearing:
         return ""
@@ -101,7 +101,9 @@ def shear_command(report: Mapping[str, Any], name: str) -> str:
     texts = [_mixture(stage if i or "recovery" in report else list(stage)) for i, stage in enumerate(stages)]
     words = ["fxprune", "shear", part(report, "dense").get("name") or "DENSE", "--recipe", RECIPE_FILE]
     words += ["--ratio", f"{shearing['ratio']}", "--data", texts[0] or "DATA", *(w for text in texts[1:] for w in ("--then", text))]
-    return _joined([*words, "--tokens", f"{shearing['tokens']['total']}", "-o", name or "DIR"])
+    given = {unit: most for unit, most in part(shearing, "budget").items() if most is not None}
+    unit, most = next(iter(given.items()), ("tokens", shearing["tokens"]["total"]))
+    return _joined([*words, f"--{unit}", f"{most}", "-o", name or "DIR"])
 
 
 def recover_command(report: Mapping[str, Any], name: str) -> str:
