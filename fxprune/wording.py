@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 
 def counted(number: int, what: str, plural: str = "") -> str:
@@ -15,6 +16,25 @@ def listed(names: Sequence[str], most: int, between: str = ", ") -> str:
     """``a, b``, and of more names than are wanted ``a, b and 3 more``."""
     rest = len(names) - most
     return between.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is not as it was, by its name; of digests, which tell people nothing, that alone."""
+    said = []
+    for name in {**now, **was}:
+        before, after = was.get(name), now.get(name)
+        if before != after:
+            digests = all(_DIGEST.fullmatch(str(value)) for value in (before, after))
+            said.append(f"{name} differs" if digests else f"{name} was {_short(before)}, now {_short(after)}")
+    return said
+
+
+_DIGEST = re.compile(r"[0-9a-f]{16,}")
+
+
+def _short(value: Any) -> str:
+    text = ",".join(value) if isinstance(value, Mapping) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def as_typed(message: str, options: Collection[str]) -> str:

@@ -117,7 +117,9 @@ def score(
     found = find_criterion(criterion)
     check_aggregation(aggregation)
     if isinstance(calibration, str):
-        raise UsageError(f"calibration is a list of batches here, got '{calibration}': fxprune.load_calibration reads a text")
+        raise UsageError(
+            f"calibration is a list of batches here, got '{calibration}': fxprune.calibration.load_calibration reads text"
+        )
     wanted = [g for g in groups.values() if g.prunable]
     _check_weights(groups)
     if isinstance(found, Criterion) and found.name == "random":

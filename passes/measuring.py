@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..files import write_whole
+from ..wording import changes
 
 FORMAT = 1
 
@@ -46,11 +47,10 @@ class State:
             theirs, self.entries = dict(data["identity"]), dict(data["entries"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"'{self.typed}' is not the state of a measurement: it will not be replaced ({error})") from error
-        changed = [key for key in {**self.identity, **theirs} if self.identity.get(key) != theirs.get(key)]
-        if changed:
-            said = "; ".join(f"{key} was {theirs.get(key)}, now {self.identity.get(key)}" for key in changed)
+        if said := changes(theirs, self.identity):
             raise UsageError(
-                f"'{self.typed}' holds the state of another measurement: {said}. Repeat what it was started with, or delete it"
+                f"'{self.typed}' holds the state of another measurement: {'; '.join(said)}. Repeat what it was started with, or "
+                "delete it"
             )
 
     def add(self, name: str, entry: Any) -> None:

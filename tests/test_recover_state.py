@@ -216,7 +216,7 @@ def test_a_run_of_another_kind_is_refused(text: Path, tmp_path: Path) -> None:
     cases: list[tuple[Any, str, dict[str, Any], str]] = [
         (pruned(), str(text), {"lr": 1e-3}, r"another recovery: lr was 0.003, now 0.001\. Repeat"),
         (pruned(), str(text), {"targets": ("q_proj",)}, r"targets was all, now \['q_proj'\]"),
-        (pruned(), str(other), {}, r"the data differs; the validation data was"),
+        (pruned(), str(other), {}, r"the data differs; the validation data differs"),
         (uneven(), str(text), {}, r"the model differs; its plan differs\."),
         (pruned(), str(text), {"packing": "off"}, r"packing was auto, now off; packed was True, now False"),
     ]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, UsageError
+from ..wording import changes
 
 SUFFIX = ".recovering"
 GENERATIONS = 2
@@ -211,26 +212,11 @@ def refuse_other(typed: str, of: str, theirs: Mapping[str, Any], own: Mapping[st
     Raises:
         UsageError: They are not the same; says what differs.
     """
-    changed = [key for key in {**own, **theirs} if own.get(key) != theirs.get(key)]
-    if changed:
-        said = [
-            f"{k} differs"
-            if _DIGEST.fullmatch(str(own.get(k))) and _DIGEST.fullmatch(str(theirs.get(k)))
-            else f"{k} was {_short(theirs.get(k))}, now {_short(own.get(k))}"
-            for k in changed[:4]
-        ]
+    if said := changes(theirs, own):
         raise UsageError(
-            f"'{typed}' holds the state of another {of}: {'; '.join(said)}. Repeat the settings it was started with, or start over "
-            "with --restart (restart=True)"
+            f"'{typed}' holds the state of another {of}: {'; '.join(said[:4])}. Repeat the settings it was started with, or start "
+            "over with --restart (restart=True)"
         )
-
-
-_DIGEST = re.compile(r"[0-9a-f]{16,}")
-
-
-def _short(value: Any) -> str:
-    text = ",".join(value) if isinstance(value, Mapping) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _flush(path: Path) -> None:
