@@ -459,7 +459,7 @@ def test_a_state_of_another_curriculum_is_refused(files: tuple[str, str], tmp_pa
         ),
         (Curriculum([list(files), [files[1]]], floor=0.1), None, r"another recovery: the curriculum's floor was 0.05, now 0.1\."),
         (Curriculum([[f"{files[0]}=2", files[1]], [files[1]]]), None, r"another recovery: the curriculum's stages was .* now .*"),
-        (Curriculum([[other, files[1]], [files[1]]]), None, r"another recovery: the data was [0-9a-f]{16}, now [0-9a-f]{16}\."),
+        (Curriculum([[other, files[1]], [files[1]]]), None, r"another recovery: the data differs\."),
         (made, damaged(), r"another recovery: the teacher was [0-9a-f]{16}, now [0-9a-f]{16}\."),
     ]
     for changed, teacher, said in cases:
@@ -468,7 +468,7 @@ def test_a_state_of_another_curriculum_is_refused(files: tuple[str, str], tmp_pa
     out, made = tmp_path / "second", Curriculum([[files[0]], [files[1]]])
     with pytest.raises(Killed):
         taught(made, output=out, progress=killed_at("recovery", 1), checkpoint_every=1)
-    with pytest.raises(UsageError, match=r"another recovery: the data was [0-9a-f]{16}, now [0-9a-f]{16}\."):
+    with pytest.raises(UsageError, match=r"another recovery: the data differs\."):
         taught(Curriculum([[files[0]], [changed_later]]), output=out, checkpoint_every=1)
     with pytest.raises(UsageError, match=r"the curriculum's weights was dynamic, now None"):
         recover(damaged(), files[0], tokenizer=tokenizer(), output=out, **{**SHORT, "method": "full"})
