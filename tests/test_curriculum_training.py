@@ -460,7 +460,7 @@ def test_a_state_of_another_curriculum_is_refused(files: tuple[str, str], tmp_pa
         (Curriculum([list(files), [files[1]]], floor=0.1), None, r"another recovery: the curriculum's floor was 0.05, now 0.1\."),
         (Curriculum([[f"{files[0]}=2", files[1]], [files[1]]]), None, r"another recovery: the curriculum's stages was .* now .*"),
         (Curriculum([[other, files[1]], [files[1]]]), None, r"another recovery: the data differs\."),
-        (made, damaged(), r"another recovery: the teacher was [0-9a-f]{16}, now [0-9a-f]{16}\."),
+        (made, damaged(), r"another recovery: the teacher differs\."),
     ]
     for changed, teacher, said in cases:
         with pytest.raises(UsageError, match=said):
