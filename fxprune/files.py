@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FxPruneError, UsageError
-from .names import PLAN_FILE, REPORT_FILE
+from .names import CONFIG_FILE, PLAN_FILE, REPORT_FILE, SPEC_FILE
 
-CONFIG_FILE = "config.json"
 PARTS = {
     *(CONFIG_FILE, PLAN_FILE, REPORT_FILE, "report.html", "report.md", "README.md", "generation_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "model.safetensors.index.json", "fxprune_surgery.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "model.safetensors.index.json", SPEC_FILE),
 }
 """Files of a checkpoint with endings that other things are written with too."""
 

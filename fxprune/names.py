@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+CONFIG_FILE = "config.json"
 PLAN_FILE = "fxprune_plan.json"
 REPORT_FILE = "fxprune_report.json"
 RECIPE_FILE = "fxprune_recipe.yaml"
 EVALUATION_FILE = "eval.json"
+SPEC_FILE = "fxprune_surgery.json"
 BLOCK_SCORES = "block_scores"
 """Where a plan's recipe has the importance of each residual block."""
 

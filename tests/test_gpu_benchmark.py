@@ -331,14 +331,21 @@ def test_what_is_said_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {**found, "cuda": ""} == {"name": "G", "memory_gib": 2.0, "multiprocessors": 3, "capability": "9.0", "cuda": ""}
 
 
-def test_the_script_runs_every_part_whatever_happens_to_one(tmp_path: Path) -> None:
+def ran(tmp_path: Path, script: str, body: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script of ``benchmarks/gpu`` with another program in place of Python."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "called: $*"\ncase "$*" in *latency*) exit 3 ;; esac\n')
+    python.write_text(f"#!/bin/sh\n{body}\n")
     python.chmod(0o755)
-    script = Path(__file__).parents[1] / "benchmarks" / "gpu" / "run.sh"
+    path = Path(__file__).parents[1] / "benchmarks" / "gpu" / script
     environment = {**os.environ, "PYTHON": str(python)}
-    command = ["bash", str(script), str(tmp_path / "out"), "--seed", "4"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["bash", str(path), *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_script_runs_every_part_whatever_happens_to_one(tmp_path: Path) -> None:
+    body = 'echo "called: $*"\ncase "$*" in *latency*) exit 3 ;; esac'
+    done = ran(tmp_path, "run.sh", body, str(tmp_path / "out"), "--seed", "4")
     said = done.stdout.splitlines()
     output = f"--output {tmp_path}/out/gpu.json --seed 4"
     assert said == [
@@ -353,14 +360,10 @@ def test_the_script_runs_every_part_whatever_happens_to_one(tmp_path: Path) -> N
 
 
 def test_the_shear_script_measures_memory_once_and_then_shears(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$*"\ncase "$2" in *memory) touch "$6" ;; esac\n')
-    python.chmod(0o755)
-    script = Path(__file__).parents[1] / "benchmarks" / "gpu" / "shear.sh"
-    command = ["bash", str(script), "model.gguf", "texts", str(tmp_path / "out"), "--rows", "kfac"]
-    environment = {**os.environ, "PYTHON": str(python)}
+    body = 'echo "$*"\ncase "$2" in *memory) touch "$6" ;; esac'
     for memory in (True, False):
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        done = ran(tmp_path, "shear.sh", body, "model.gguf", "texts", str(tmp_path / "out"), "--rows", "kfac")
+        assert done.returncode == 0
         lines = done.stdout.splitlines()
         assert len(lines) == 1 + memory
         if memory:
@@ -376,13 +379,9 @@ def test_the_shear_script_measures_memory_once_and_then_shears(tmp_path: Path) -
 
 
 def test_the_smollm2_script_runs_the_recipe_to_its_end(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
-    python.chmod(0o755)
-    script = Path(__file__).parents[1] / "benchmarks" / "gpu" / "smollm2.sh"
-    command = ["bash", str(script), "model.gguf", "texts", str(tmp_path / "out"), "--limit", "5"]
-    environment = {**os.environ, "PYTHON": str(python)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    body = 'for word in "$@"; do echo "$word"; done'
+    done = ran(tmp_path, "smollm2.sh", body, "model.gguf", "texts", str(tmp_path / "out"), "--limit", "5")
+    assert done.returncode == 0
     _, module, *options = done.stdout.split()
     assert module == "benchmarks.paper.criteria"
     with pytest.raises(UsageError, match="there is no directory 'texts'"):  # its options are known, and right up to the texts

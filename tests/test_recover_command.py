@@ -87,6 +87,13 @@ def test_the_papers_recipe_with_a_teacher(run: Run) -> None:
     assert report["data"]["validation"]["sources"] == "held.jsonl"
 
 
+def test_fewer_steps_than_were_asked_for(run: Run) -> None:
+    ran = run("pruned", "-o", "out", "--data", "text.jsonl", *SHORT[:-1], "900", "--epochs", "2")
+    assert ran.status == 0
+    steps = json.loads(Path("out/fxprune_report.json").read_text())["recovery"]["steps"]
+    assert f"steps {steps} (not 900: 2 epochs of the data give no more), " in ran.said
+
+
 def test_interrupted_by_hand(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["pruned", "-o", "out", "--data", "text.jsonl", *SHORT, "--set", "checkpoint_every=1"]
     real, count = loop.Training._step, [0]

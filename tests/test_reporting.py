@@ -244,6 +244,9 @@ def test_the_command_of_a_shearing() -> None:
     data = {**shearing(), "settings": settings}
     kept = recipe_yaml({"shearing": data})
     assert settle(yaml.safe_load(kept), {}).to_json() == settings
+    for budget, said in (({"tokens": None, "steps": 40}, "--steps 40 -o x"), ({"tokens": 900, "steps": None}, "--tokens 900 -o x")):
+        asked = markdown(Record("x", report(shearing={**data, "budget": budget})))
+        assert said in " ".join(asked.replace("\\\n", " ").split())
     alone = markdown(Record("x", report(shearing={**data, "lhspg": {**data["lhspg"], "sources": {"a.txt": {}}}})))
     assert "--ratio 0.25 --data a.txt --tokens 176" in " ".join(alone.replace("\\\n", " ").split())
 

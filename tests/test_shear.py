@@ -243,10 +243,14 @@ def test_units_ranked_by_a_criterion(files: list[str], tmp_path: Path, monkeypat
 def test_units_that_no_linear_map_reads(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What can be saved has none of them, so that they are made up."""
     monkeypatch.setattr(parts, "find_consumers", lambda *_: [])
-    result = sheared(tmp_path / "out", files[0], protect_share=0, shear_share=1, steps=6)
+    kinds = ["ffn", "kv_heads", "experts"]
+    result = sheared(tmp_path / "out", files[0], protect_share=0, shear_share=1, steps=6, kinds=kinds)
     assert result.report.settings["criterion"] == "auto"
     assert result.report.lhspg["criterion"] == result.plan.recipe["criterion"] == "taylor2"
-    assert result.report.notes[0] == "taylor2 ranks units, not kfac: no linear map contracts those of 'model.layers.0.mlp.ffn'"
+    assert result.report.notes[:2] == [
+        "this model has nothing of kind 'experts' that can be pruned",
+        "taylor2 ranks units, not kfac: no linear map contracts those of 'model.layers.0.mlp.ffn'",
+    ]
 
 
 def test_a_criterion_that_reads_no_text(files: list[str], tmp_path: Path) -> None:

@@ -22,13 +22,13 @@ from ..errors import CheckpointError, UsageError
 from ..mode import quiet
 from ..names import PLAN_FILE as PLAN_FILE
 from ..names import REPORT_FILE as REPORT_FILE
+from ..names import SPEC_FILE as SPEC_FILE
 from ..reporting.page import write_pages
 from .eager import call, judge
 
 if TYPE_CHECKING:
     from ..api import PruneResult
 
-SPEC_FILE = "fxprune_surgery.json"
 PART, OLD = ".part", ".old"
 
 

@@ -82,10 +82,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection
         if not arguments.output:
             raise UsageError("name an output directory with -o (or add --dry-run)")
         check_target(arguments.output, overwrite=arguments.overwrite)
-        check_apart(
-            arguments.output,
-            **{f"--{name}": getattr(arguments, name) for name in ("calibration", "knowledge")},
-        )
+        check_apart(arguments.output, **{"--calibration": arguments.calibration, "--knowledge": arguments.knowledge})
         if Path(arguments.output).exists() and Path(arguments.model).exists() and samefile(arguments.output, arguments.model):
             raise UsageError(f"the output '{arguments.output}' is the model itself; choose another directory")
     if arguments.plan:

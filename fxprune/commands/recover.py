@@ -116,7 +116,8 @@ def _show(result: RecoveryResult) -> None:
     pace = f", {report.tokens_per_second:,.0f} tokens/s" if report.tokens_per_second else ""  # too few steps tell of none
     asked, why = report.settings["max_steps"] or 0, report.stopped
     if report.steps == report.choices.get("steps_planned") and report.steps < asked and report.settings["max_tokens"] is None:
-        why = f"not {asked}: the data was passed over {report.settings['epochs']:g} times by then"
+        epochs = report.settings["epochs"]
+        why = f"not {asked}: {epochs:g} epoch{'' if epochs == 1 else 's'} of the data give no more"
     console.print(f"steps       {report.steps} ({why}), {report.tokens:,} tokens{pace}")
     if report.history["loss"]:
         console.print(f"loss        {report.history['loss'][0]:.3f} -> {report.history['loss'][-1]:.3f}")

@@ -13,10 +13,9 @@ from typing import Any
 
 from ..errors import CheckpointError, UsageError
 from ..files import read_json
-from ..names import EVALUATION_FILE, REPORT_FILE
+from ..names import CONFIG_FILE, EVALUATION_FILE, REPORT_FILE
 from .blocks import Table
 
-CONFIG_FILE = "config.json"
 PARAMETERS, MEMORY, MACS = "parameters", "parameter memory (MB)", "MACs per token"
 
 
