@@ -171,3 +171,14 @@ def test_scores_are_of_batches() -> None:
         UsageError, match=r"calibration is a list of batches here, got 'text.txt': fxprune.calibration.load_calibration"
     ):
         fxprune.score(gm, fxprune.find_groups(gm), calibration="text.txt")  # type: ignore[arg-type]
+
+
+def test_what_is_cut_or_too_little_is_told(run: Run, place: Path) -> None:
+    ran = run("prune", "dense", "-o", "out", "--ratio", "0.2", *PLAIN, "--length", "10000")
+    assert ran.status == 0
+    assert "note length 10,000 became 64: the model reads no more tokens" in ran.said
+    ran = run("recover", "out", "-o", "again", "--data", "short.txt", "--max-steps", "1")
+    assert ran.status == 0
+    assert "nothing was held out to measure on: that would be a tenth, and there is no more than 1 example" in ran.said
+    shutil.rmtree(place / "out")
+    shutil.rmtree(place / "again")

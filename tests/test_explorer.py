@@ -194,7 +194,7 @@ def test_refusals(llama: Setting) -> None:
         fxprune.explore(model, scores=scores, criterion="l1")
     with pytest.raises(UsageError, match="criterion= needs the model; with groups, give scores="):
         fxprune.explore(groups, criterion="l1")
-    with pytest.raises(UsageError, match=r"criterion 'l2' reads no text: leave out calibration, or name one that does"):
+    with pytest.raises(UsageError, match=r"criterion 'l2' reads no text: leave out calibration=, or name one that does"):
         fxprune.explore(model, calibration=["some text"])
     with pytest.raises(UsageError, match=r"the scores of group 'model.hidden' must have shape \[48\], got \[3\]"):
         fxprune.explore(groups, scores={"model.hidden": torch.ones(3)})
@@ -272,7 +272,7 @@ def test_the_command_reads_a_plan_and_needs_no_weights(run: Run, place: Path, ch
         ),
         (
             ("-o", "e.html", "--calibration", "text.txt"),
-            "criterion 'l2' reads no text: leave out calibration, or name one that does",
+            "criterion 'l2' reads no text: leave out --calibration, or name one that does",
         ),
         (("-o", "e.html", "--plan", "missing.json"), "cannot read the plan 'missing.json': No such file or directory"),
     ],

@@ -88,7 +88,11 @@ def test_a_model_learns_nothing_from_itself(text: Path) -> None:
     [
         (None, {"distill_weight": 0.5}, "distill_weight is 0.5 and there is no teacher: pass the dense model, teacher="),
         (None, {"hidden_weight": 1}, "hidden_weight is 1 and there is no teacher: pass the dense model, teacher="),
-        (lambda: build("llama"), {}, "there is a teacher and nothing to learn from it: set distill_weight or hidden_weight"),
+        (
+            lambda: build("llama"),
+            {},
+            "there is a teacher and nothing to learn from it: set distill_weight (--set distill_weight=0.5) or hidden_weight",
+        ),
         (
             lambda: build("llama", vocab_size=101),
             {"distill_weight": 0.5},

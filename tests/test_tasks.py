@@ -333,7 +333,7 @@ def test_without_the_network_the_hub_is_refused(model: nn.Module, tokenizer: Any
     with pytest.raises(UsageError) as refused:
         score_tasks(model, tokenizer, ["boolq"])
     assert str(refused.value).startswith("cannot load the task 'boolq' from the hub (Couldn't reach 'aps/super_glue' on the Hub")
-    assert str(refused.value).endswith("; with --data DIR its rows are read from DIR/boolq.jsonl.gz")
+    assert str(refused.value).endswith("; with data=DIR (--data DIR) its rows are read from DIR/boolq.jsonl.gz")
 
 
 # --- real rows -------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from ..api import example_inputs
 from ..api import prune as prune_model
-from ..calibration import read_texts
+from ..calibration import longest_input, read_texts
 from ..capture import trace
 from ..checkpoint.save import check_target
 from ..cost import costs
@@ -28,7 +28,7 @@ from ..passes.selection import Selection, select
 from ..plan import PrunePlan
 from ..planning import Planning, settle
 from ..table import wide_console
-from .common import check_apart, check_share, describe_widths, dump, load_model, progress, show_result
+from .common import check_apart, check_share, console, describe_widths, dump, load_model, progress, show_result
 
 HOW = tuple(field.name for field in fields(Planning) if field.name != "seed")
 WHAT = tuple(field.name for field in fields(Selection) if field.name != "ratio")
@@ -41,6 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Prune a model and write a checkpoint."""
     plan, selection = _checked(arguments)
     model, tokenizer = load_model(arguments)
+    most = longest_input(model)
+    if most is not None and (arguments.length or 0) > most:
+        console.print(f"note        length {arguments.length:,} became {most:,}: the model reads no more tokens", markup=False)
     graph: GraphModule | None = None
     if arguments.knowledge:
         graph = trace(model, example_inputs(model))

@@ -178,7 +178,8 @@ def _from_hub(names: Sequence[str]) -> dict[str, Any]:
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UsageError(
-                f"cannot load the task '{name}' from the hub ({reason}); with --data DIR its rows are read from DIR/{name}.jsonl.gz"
+                f"cannot load the task '{name}' from the hub ({reason}); with data=DIR (--data DIR) its rows are read from "
+                f"DIR/{name}.jsonl.gz"
             ) from error
     return found
 

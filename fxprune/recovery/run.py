@@ -20,6 +20,7 @@ from ..data import Batches, Examples, Source, Sources, packs_apart
 from ..errors import UsageError
 from ..mode import quiet, without_cache
 from ..passes.batches import Progress, logits_of
+from ..wording import counted
 from .adapters import merged, prepare, trained
 from .curriculum import Curriculum, plan_stages, refuse_unused
 from .data import TrainingData, check_tokens, load_data, load_stages, sources_of
@@ -182,6 +183,9 @@ class RecoveryRun:
         self.notes: list[str] = list(self.data.account.get("overlaps", ()))
         if (directory := self.subject.directory) is not None and self.subject.plan is None:
             self.notes.append(f"'{directory.name}' holds no plan of fxprune: it was trained as it is")
+        if not self.data.stages and self.data.held is None and settings.validation_samples:
+            there = counted(len(self.data.train), "example")
+            self.notes.append(f"nothing was held out to measure on: that would be a tenth, and there is no more than {there}")
         self.home: torch.device | None = None
         cuda = self.world.device.type == "cuda"
         self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
