@@ -19,11 +19,12 @@ from rich.table import Table
 from .api import PruneResult, prune
 from .calibration import encode, read_texts
 from .capture import trace
-from .checkpoint.save import REPORT_FILE, check_target
+from .checkpoint.directory import check_target
 from .checkpoint.source import load_source
 from .commands.common import describe_widths, progress, quiet_libraries
 from .errors import CheckpointError, UsageError
 from .evaluation import measure_latency, perplexity
+from .names import REPORT_FILE
 from .passes.dependency import find_groups
 from .passes.selection import Selection
 from .reporting.page import render_report

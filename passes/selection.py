@@ -239,7 +239,7 @@ def select(
     """
     chosen, notes = _given(selection, options), list(notes)
     lanes = _lanes(groups, chosen)
-    notes += [f"this model has nothing of kind '{kind}' that can be pruned" for kind in missing_kinds(groups, chosen)]
+    notes += absent_kinds(groups, chosen)
     if chosen.ranking == "measured" and chosen.units is None:
         lanes = _with_curves(lanes, curves, notes)
     _check_scores(groups, lanes, scores)
@@ -283,10 +283,11 @@ def _with_curves(lanes: Sequence[Lane], curves: Curves | None, notes: list[str])
     return found
 
 
-def missing_kinds(groups: Groups, chosen: Selection) -> list[str]:
-    """Kinds that were asked for and are not there; not those that recipes name for whatever model may come."""
+def absent_kinds(groups: Groups, chosen: Selection) -> list[str]:
+    """A note on each kind that was asked for and is not there; not on those that recipes name for whatever model may come."""
     have = {LAYERS, *DEFAULT_KINDS, *(g.kind for g in groups.values() if g.prunable)}
-    return [kind for kind, pace in chosen.pace.items() if pace > 0 and kind not in have]
+    absent = [kind for kind, pace in chosen.pace.items() if pace > 0 and kind not in have]
+    return [f"this model has nothing of kind '{kind}' that can be pruned" for kind in absent]
 
 
 def _check_scores(groups: Groups, lanes: Sequence[Lane], scores: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ import fxprune
 from fxprune import PrunePlan
 from fxprune.api import PruneResult
 from fxprune.checkpoint import save
-from fxprune.checkpoint.save import new_directory
+from fxprune.checkpoint.directory import new_directory
 from fxprune.checkpoint.source import load_source
 from fxprune.errors import CheckpointError, UsageError
 
@@ -257,7 +257,7 @@ def test_a_disk_that_is_really_full(form: str, size: str, tmp_path: Path, reques
 def test_what_a_killed_process_left_vanishes(tmp_path: Path) -> None:
     """Parts of the same target that nobody writes any more; not those of a process that is alive, nor of another target."""
     killed = (
-        "import sys, os, signal\nfrom fxprune.checkpoint.save import new_directory\n"
+        "import sys, os, signal\nfrom fxprune.checkpoint.directory import new_directory\n"
         "with new_directory(sys.argv[1]) as work:\n    (work / 'half').write_text('x')\n    {}\n"
     )
     for target in ("out", "outer"):
@@ -295,3 +295,18 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with new_directory(tmp_path / "out") as work:
         (work / "config.json").write_text("{}")
     assert sorted(p.name for p in tmp_path.iterdir()) == [other.name, "out"]  # who knows whether it is still written to
+
+
+def test_what_another_user_left_is_let_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, opened = tmp_path / ".out.abcdefgh.part", os.open
+    other.mkdir()
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> int:
+        if path == other:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr("fxprune.checkpoint.directory.os.open", refuse)
+    with new_directory(tmp_path / "out") as work:
+        (work / "config.json").write_text("{}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [other.name, "out"]

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fxprune.checkpoint import save as saving
+from fxprune.checkpoint import directory as saving
 from fxprune.errors import CheckpointError, UsageError
 from fxprune.recovery import loop
 from fxprune.recovery.state import Position, StateDirectory

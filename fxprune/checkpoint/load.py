@@ -39,7 +39,7 @@ def load(
         UsageError: There is no checkpoint, or ``model`` is needed.
         CheckpointError: The checkpoint is damaged.
     """
-    from .save import SPEC_FILE
+    from ..names import SPEC_FILE
 
     path = Path(directory)
     if not path.is_dir():
@@ -71,7 +71,7 @@ def load(
 def _load_module(path: Path, model: nn.Module | None) -> nn.Module:
     from safetensors.torch import load_model
 
-    from .save import SPEC_FILE
+    from ..names import SPEC_FILE
 
     if model is None:
         raise UsageError(f"'{path}' holds a pruned plain module: pass the dense one, fxprune.load(dir, model=dense)")

@@ -17,7 +17,7 @@ from ..api import example_inputs
 from ..api import prune as prune_model
 from ..calibration import longest_input, read_texts
 from ..capture import trace
-from ..checkpoint.save import check_target
+from ..checkpoint.directory import check_target
 from ..cost import costs
 from ..errors import UsageError
 from ..knowledge import Knowledge

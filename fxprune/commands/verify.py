@@ -14,10 +14,10 @@ from torch import nn
 from ..api import example_inputs
 from ..capture import trace
 from ..checkpoint.eager import dropped_entries, renamed
-from ..checkpoint.save import PLAN_FILE, REPORT_FILE
 from ..checkpoint.source import load_source
 from ..errors import PlanError, UsageError, VerificationError
 from ..mode import quiet
+from ..names import PLAN_FILE, REPORT_FILE
 from ..passes.rewrite import rewrite
 from ..passes.verify import VerifyReport, verify
 from ..plan import PrunePlan

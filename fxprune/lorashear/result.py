@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoint.save import PLAN_FILE, REPORT_FILE
 from ..checkpoint.source import load_source
 from ..errors import CheckpointError
+from ..names import PLAN_FILE, REPORT_FILE
 from ..plan import PrunePlan
 
 

@@ -21,14 +21,16 @@ from torch.fx import GraphModule
 
 from ..api import versions
 from ..calibration import longest_input
-from ..checkpoint.save import REPORT_FILE, check_target, new_directory, save_pruned
+from ..checkpoint.directory import check_target, new_directory
+from ..checkpoint.save import save_pruned
 from ..checkpoint.source import load_source
 from ..data import Sources
 from ..errors import UsageError
 from ..files import read_json, write_whole
 from ..knowledge import Knowledge
+from ..names import REPORT_FILE
 from ..passes.batches import Progress
-from ..passes.selection import missing_kinds
+from ..passes.selection import absent_kinds
 from ..recipes import RecipeLike
 from ..recovery.curriculum import Curriculum
 from ..recovery.data import check_tokens, load_stages
@@ -190,8 +192,7 @@ class _Shearing:
     def prune(self) -> None:
         """Groups, knowledge, LHSPG, removal: ``OUTPUT.shearing/pruned``."""
         parts, work = self.parts, self.parts.work
-        absent = missing_kinds(parts.bare[1], parts.settings.selection(parts.ratio))
-        parts.notes += [f"this model has nothing of kind '{kind}' that can be pruned" for kind in absent]
+        parts.notes += absent_kinds(parts.bare[1], parts.settings.selection(parts.ratio))
         if "begun" not in work.stages:
             parts.rehearse(self.knowledge)
             work.record("begun", {})

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.save import REPORT_FILE
 from ..errors import CheckpointError, UsageError
 from ..files import write_whole
+from ..names import REPORT_FILE
 from ..recovery.state import refuse_other
 
 SUFFIX = ".shearing"

@@ -14,8 +14,10 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ..api import example_inputs
-from ..checkpoint.save import PLAN_FILE, REPORT_FILE, new_directory, reload_error, save_pruned, write_pretrained
+from ..checkpoint.directory import new_directory
+from ..checkpoint.save import reload_error, save_pruned, write_pretrained
 from ..errors import CheckpointError
+from ..names import PLAN_FILE, REPORT_FILE
 from ..passes.verify import tolerance_of
 from ..reporting.page import write_pages
 from .subject import Subject

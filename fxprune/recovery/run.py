@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from ..api import versions
 from ..calibration import longest_input
-from ..checkpoint.save import check_target
+from ..checkpoint.directory import check_target
 from ..checkpoint.source import load_source
 from ..data import Batches, Examples, Source, Sources, packs_apart
 from ..errors import UsageError

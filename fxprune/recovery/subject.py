@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..api import PruneResult
-from ..checkpoint.save import PLAN_FILE, SPEC_FILE
 from ..checkpoint.source import load_source
 from ..errors import UsageError
+from ..names import PLAN_FILE, SPEC_FILE
 from ..plan import PrunePlan
 from ..quantised import quantised_part
 
