@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 import fxprune
@@ -200,10 +201,20 @@ def test_recovery_and_tasks(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     output = tmp_path / "out.json"
     rows = ["--rows", "wanda-sp", "--ratios", "0.2"]
     short = ["batch_size=8", "cutoff=16", "length=16", "epochs=50", "validation_samples=8"]
-    more = ["--recover", "3000", "--recover-set", *short, "--tasks", "piqa", "--limit", "4"]
+    more = ["--recover", "3000", "--recover-set", *short, "--tasks", "piqa", "--limit", "4", "--task-dtype", "bfloat16"]
+    used: list[torch.dtype] = []
+    evaluate = fxprune.evaluate
+
+    def noted(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        used.append(next(model.parameters()).dtype)
+        return evaluate(model, *args, **kwargs)
+
+    monkeypatch.setattr(fxprune, "evaluate", noted)
     assert call(criteria.main, place, output, *rows, *more) == 0
+    assert used == 3 * [torch.bfloat16]
     dense, row = book(output)["rows"]
     assert row["tasks"]["tasks"][0]["rows"] == 4
+    assert row["key"]["tasks"] == {"names": ["piqa"], "limit": 4, "dtype": "bfloat16"}
     above = dense["tasks"]["above_chance"]
     assert above == dense["tasks"]["average"] - 0.5 != 0
     assert row["tasks"]["above_chance_kept"] == (pytest.approx(row["tasks"]["above_chance"] / above))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -118,6 +119,8 @@ class Bench:
     def tasks(self, model: nn.Module) -> Row:
         """Zero-shot scores, with the share of the dense model's that is kept, above chance, once those are known."""
         a = self.arguments
+        if a.task_dtype is not None:
+            model = copy.deepcopy(model).to(getattr(torch, a.task_dtype))
         found = fxprune.evaluate(model, self.tokenizer, tasks=a.tasks, data=self.data.directory, limit=a.limit, batch_size=a.batch)
         above = found.above_chance
         kept = above / self.dense_above_chance if above is not None and self.dense_above_chance else None

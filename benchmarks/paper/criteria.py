@@ -89,6 +89,9 @@ def task_options(made: argparse.ArgumentParser) -> None:
     """Add what says which zero-shot tasks are run."""
     made.add_argument("--tasks", nargs="*", default=None, metavar="TASK", help="zero-shot tasks; without a name all seven")
     made.add_argument("--limit", type=int, default=None, help="rows of each task (default: all)")
+    made.add_argument(
+        "--task-dtype", choices=("float32", "bfloat16"), default=None, help="what tasks are run in (default: the model's --dtype)"
+    )
 
 
 def setting(text: str) -> tuple[str, str]:
@@ -102,6 +105,14 @@ def settle_tasks(arguments: argparse.Namespace) -> None:
     """Which tasks are meant; refuses others."""
     if arguments.tasks is not None:
         arguments.tasks = list(check_tasks(arguments.tasks or TASKS))
+
+
+def wanted_tasks(arguments: argparse.Namespace) -> Row | None:
+    """What a row depends on where tasks are run; None where they are not."""
+    if not getattr(arguments, "tasks", None):
+        return None
+    dtype = {} if arguments.task_dtype is None else {"dtype": arguments.task_dtype}
+    return {"names": arguments.tasks, "limit": arguments.limit, **dtype}
 
 
 def check_recovery(arguments: argparse.Namespace) -> None:
@@ -128,8 +139,7 @@ def measure_row(bench: Bench, book: Book, name: str, recipe: Mapping[str, Any], 
         recover: Tokens to recover on afterwards; None for no recovery.
     """
     a = bench.arguments
-    wanted = {"names": a.tasks, "limit": a.limit} if getattr(a, "tasks", None) else None
-    key = {"row": name, "ratio": ratio, **bench.settings(recipe), "tasks": wanted}
+    key = {"row": name, "ratio": ratio, **bench.settings(recipe), "tasks": wanted_tasks(a)}
     training = None if recover is None else {"tokens": recover, "data": a.recover_data, "recipe": a.recover_recipe}
     training = None if training is None else {**training, "set": dict(a.recover_set)}
     row = book.find(key)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from benchmarks.paper.bench import Bench, eager
 from benchmarks.paper.common import Book, Row, parser, pick, run, show
-from benchmarks.paper.criteria import COLUMNS, PEER, ROWS, check_recovery, measure_dense, measured, recovery_options
+from benchmarks.paper.criteria import COLUMNS, PEER, ROWS, check_recovery, measure_dense, measured, recovery_options, wanted_tasks
 from fxprune.api import PruneResult
 from fxprune.errors import UsageError
 
@@ -33,10 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench.data.check([a.recover_data])
     book, found, pruned = Book(a.output, a, "data_amount"), list[Row](), list[tuple[PruneResult, Row]]()
     found.append(measure_dense(bench, book))
-    tasks = {"names": a.tasks, "limit": a.limit} if a.tasks else None
     for amount in a.amounts:
         how = {"data": a.recover_data, "recipe": a.recover_recipe, "set": dict(a.recover_set)} if amount else None
-        key = {"row": name, "ratio": a.ratio, "amount": amount, **bench.settings(ROWS[name]), "recovery": how, "tasks": tasks}
+        key = {
+            "row": name,
+            "ratio": a.ratio,
+            "amount": amount,
+            **bench.settings(ROWS[name]),
+            "recovery": how,
+            "tasks": wanted_tasks(a),
+        }
         row = book.find(key)
         if row is None:
             print(f"{name}, {a.ratio:.0%}, {amount:,} samples ...", flush=True)

@@ -28,7 +28,16 @@ from torch import nn
 import fxprune
 from benchmarks.paper.bench import Bench
 from benchmarks.paper.common import EVALUATION, TRAINING, Book, Row, parser, pick, run, show
-from benchmarks.paper.criteria import COLUMNS, constrained, measure_dense, measured, setting, settle_tasks, task_options
+from benchmarks.paper.criteria import (
+    COLUMNS,
+    constrained,
+    measure_dense,
+    measured,
+    setting,
+    settle_tasks,
+    task_options,
+    wanted_tasks,
+)
 from benchmarks.paper.criteria import ROWS as CRITERIA
 from fxprune.checkpoint.source import load_source
 from fxprune.errors import FxPruneError
@@ -109,9 +118,8 @@ def measure(bench: Bench, book: Book, name: str, ratio: float, stages: Sequence[
     a = bench.arguments
     settings = {**SHEARED.get(name, {}), **EQUAL, **dict(a.set), "seed": a.seed}
     recipe = {**settings, **({"criterion": AT_ONCE[name]} if name in AT_ONCE else {})}
-    wanted = {"names": a.tasks, "limit": a.limit} if a.tasks else None
     training = {"tokens": a.tokens, "stages": [list(stage) for stage in stages]}
-    key = {"row": name, "ratio": ratio, **bench.settings(recipe), **training, "tasks": wanted}
+    key = {"row": name, "ratio": ratio, **bench.settings(recipe), **training, "tasks": wanted_tasks(a)}
     row = book.find(key)
     if row is not None:
         return row
