@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -284,10 +284,16 @@ def _with_curves(lanes: Sequence[Lane], curves: Curves | None, notes: list[str])
 
 
 def absent_kinds(groups: Groups, chosen: Selection) -> list[str]:
-    """A note on each kind that was asked for and is not there; not on those that recipes name for whatever model may come."""
+    """A note on each kind that was asked for and of which nothing may go; not on those that recipes name for any model."""
     have = {LAYERS, *DEFAULT_KINDS, *(g.kind for g in groups.values() if g.prunable)}
     absent = [kind for kind, pace in chosen.pace.items() if pace > 0 and kind not in have]
-    return [f"this model has nothing of kind '{kind}' that can be pruned" for kind in absent]
+    return [f"this model has nothing of kind '{kind}' that can be pruned{_pinned(groups, [kind])}" for kind in absent]
+
+
+def _pinned(groups: Groups, kinds: Collection[str]) -> str:
+    """Why the first group of these kinds cannot be pruned, to be put behind a sentence; empty if there is none."""
+    found = next((g for g in groups.values() if g.kind in kinds and not g.prunable), None)
+    return "" if found is None else f" ('{found.name}': {found.reason})"
 
 
 def _check_scores(groups: Groups, lanes: Sequence[Lane], scores: Mapping[str, Tensor]) -> None:
@@ -344,7 +350,8 @@ def _lanes(groups: Groups, chosen: Selection) -> list[Lane]:
     have = {g.kind for g in groups.values() if g.prunable}
     if LAYERS not in wanted and not have.intersection(wanted):
         there = sorted(have | ({LAYERS} if groups.blocks else set()))
-        raise UsageError(f"this model has no prunable group of kind {', '.join(wanted)}; it has {', '.join(there) or 'none'}")
+        missing = f"{', '.join(wanted)}{_pinned(groups, wanted)}"
+        raise UsageError(f"this model has no prunable group of kind {missing}; it has {', '.join(there) or 'none'}")
     lanes: dict[tuple[str, int], Lane] = {}
     for group in eligible:
         key = (group.family if chosen.widths == "uniform" else group.name, group.size)

@@ -113,7 +113,10 @@ def test_something_else_than_an_optimizer() -> None:
         ),
         (
             {"ratio": None, "selection": Selection(units=0.1, kinds=("hidden",))},
-            "this model has no prunable group of kind hidden; it has ffn, head_dim, kv_heads, layers, query_groups",
+            (
+                "this model has no prunable group of kind hidden ('base_model.model.model.hidden': a norm, a softmax or a router "
+                "looks at all of its units); it has ffn, head_dim, kv_heads, layers, query_groups"
+            ),
         ),
     ],
 )

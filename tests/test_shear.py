@@ -243,12 +243,16 @@ def test_units_ranked_by_a_criterion(files: list[str], tmp_path: Path, monkeypat
 def test_units_that_no_linear_map_reads(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What can be saved has none of them, so that they are made up."""
     monkeypatch.setattr(parts, "find_consumers", lambda *_: [])
-    kinds = ["ffn", "kv_heads", "experts"]
+    kinds = ["ffn", "kv_heads", "experts", "hidden"]
     result = sheared(tmp_path / "out", files[0], protect_share=0, shear_share=1, steps=6, kinds=kinds)
     assert result.report.settings["criterion"] == "auto"
     assert result.report.lhspg["criterion"] == result.plan.recipe["criterion"] == "taylor2"
-    assert result.report.notes[:2] == [
+    assert result.report.notes[:3] == [
         "this model has nothing of kind 'experts' that can be pruned",
+        (
+            "this model has nothing of kind 'hidden' that can be pruned ('hidden': a norm, a softmax or a router looks at "
+            "all of its units)"
+        ),
         "taylor2 ranks units, not kfac: no linear map contracts those of 'model.layers.0.mlp.ffn'",
     ]
 

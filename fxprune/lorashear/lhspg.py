@@ -58,6 +58,7 @@ class LHSPG(torch.optim.Optimizer):
     Attributes:
         inner: The wrapped optimizer.
         left_out: Why each group that is not eligible is left alone.
+        bare: The groups without what adapters add, prunable only where eligible: what a selection sees.
         history: One entry for each period begun: ``step``, ``target`` (the share of the selection's target), ``units`` (how many
             became redundant), ``kinds`` (how many of each kind), ``saliency`` (of the least and of the most salient one of them,
             and the mean of all units that stay) and ``removed`` (the share of the base model's parameters in redundant units).
@@ -106,11 +107,11 @@ class LHSPG(torch.optim.Optimizer):
                 f"no prune group can be brought to zero; '{next(iter(self.left_out), '')}' for one: "
                 f"{next(iter(self.left_out.values()), 'there is none')}"
             )
-        self._bare = without_adapters(groups, self._structures, self.left_out, factors)
-        compared = {name for names in lanes_of(self._bare, self._selection).values() for name in names}
+        self.bare = without_adapters(groups, self._structures, self.left_out, factors)
+        compared = {name for names in lanes_of(self.bare, self._selection).values() for name in names}
         self._structures = {name: structure for name, structure in self._structures.items() if name in compared}
         self._scores = None if scores is None else check_scores(scores, {n: s.group.size for n, s in self._structures.items()})
-        select(self._bare, {n: torch.ones(s.group.size) for n, s in self._structures.items()}, self._selection)  # can it be met?
+        select(self.bare, {n: torch.ones(s.group.size) for n, s in self._structures.items()}, self._selection)  # can it be met?
         self._step = 0
         self._gone: dict[str, Tensor] = {}
         self._active: dict[str, Redundant] = {}
@@ -281,7 +282,7 @@ class LHSPG(torch.optim.Optimizer):
 
     def _choose(self, share: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(the units to go next, the saliency of all): the least salient that the selection takes, up to a share of its target."""
-        per_unit = {name: self._bare[name].parameters_per_unit for name in self._structures}
+        per_unit = {name: self.bare[name].parameters_per_unit for name in self._structures}
         if self._scores is None:
             found = {name: moments(structure, self._tensors) for name, structure in self._structures.items()}
             values = saliency(found, self._weights, self._gone)
@@ -289,7 +290,7 @@ class LHSPG(torch.optim.Optimizer):
             values = by_parameter(self._scores, per_unit, self._gone)
         # A selection divides by the parameters that go with a unit: what ranks is the values.
         scores = {name: value * per_unit[name] for name, value in values.items()}
-        chosen = select(self._bare, scores, self._selection).removed()
+        chosen = select(self.bare, scores, self._selection).removed()
         fresh = [
             (value, name, unit)
             for name, units in chosen.items()
@@ -317,7 +318,7 @@ class LHSPG(torch.optim.Optimizer):
     def _removed(self, units: Mapping[str, Tensor]) -> float:
         """The share of the base model's parameters that goes with units."""
         counts = {name: self.groups[name].size - len(own) for name, own in units.items()}
-        return 1 - self._bare.remaining(counts) / self._bare.total
+        return 1 - self.bare.remaining(counts) / self.bare.total
 
     def _shrink(self, left: int) -> None:
         """The redundant units' step."""

@@ -31,7 +31,7 @@ from ..passes.consumers import find_consumers
 from ..passes.dependency import groups_of
 from ..passes.importance import score
 from ..passes.knowledge import measure_knowledge
-from ..passes.selection import Selection, lanes_of, select
+from ..passes.selection import Selection, absent_kinds, lanes_of, select
 from ..passes.verify import relative_error
 from ..plan import PrunePlan
 from ..recovery.adapters import merged, prepare, trained
@@ -114,6 +114,10 @@ class Parts:
         """See that the target can be reached; nothing is trained."""
         student, _, _ = self.adapted
         return self.lhspg(torch.optim.SGD(trained(student).values(), lr=0.0), self.settings.selection(self.ratio, protect))
+
+    def absent(self) -> list[str]:
+        """A note on each kind that was asked for and of which nothing can be brought to zero."""
+        return absent_kinds(self._trial().bare, self.settings.selection(self.ratio))
 
     def rehearse(self, given: Knowledge | None) -> None:
         """Refuse what would go wrong after hours of training: a target out of reach, no text to measure on, no form to save in.

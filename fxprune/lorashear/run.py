@@ -30,7 +30,6 @@ from ..files import read_json, write_whole
 from ..knowledge import Knowledge
 from ..names import REPORT_FILE
 from ..passes.batches import Progress
-from ..passes.selection import absent_kinds
 from ..recipes import RecipeLike
 from ..recovery.curriculum import Curriculum
 from ..recovery.data import check_tokens, load_stages
@@ -192,7 +191,7 @@ class _Shearing:
     def prune(self) -> None:
         """Groups, knowledge, LHSPG, removal: ``OUTPUT.shearing/pruned``."""
         parts, work = self.parts, self.parts.work
-        parts.notes += absent_kinds(parts.bare[1], parts.settings.selection(parts.ratio))
+        parts.notes += parts.absent()
         if "begun" not in work.stages:
             parts.rehearse(self.knowledge)
             work.record("begun", {})
