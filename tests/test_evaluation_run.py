@@ -234,6 +234,17 @@ def test_the_share_that_is_kept() -> None:
     assert (made().average, made().above_chance) == (None, None)
 
 
+def test_one_answer_to_every_row_is_what_a_score_is_held_against() -> None:
+    dense, weak = made(score("boolq", 0.7, constant=0.62)), made(score("boolq", 0.62, constant=0.62))
+    start = "boolq: one answer given to every row scores 62.0%"
+    assert start in dense.notes()
+    assert f"{start}, no less than this model: so much says nothing" in weak.notes()
+    assert f"{start}, no less than this model: so much says nothing" in weak.against(dense).notes()
+    assert f"{start}, no less than the dense model: so much says nothing" in dense.against(weak).notes()
+    assert f"{start}, no less than this model and the dense model: so much says nothing" in weak.against(weak).notes()
+    assert not any("one answer" in note for note in made(score("piqa", 0.5)).notes())
+
+
 def test_what_was_measured_otherwise_is_not_compared() -> None:
     with pytest.raises(UsageError, match="the dense model was measured otherwise: limit 100, here 20"):
         made(limit=20).against(made(limit=100))

@@ -75,6 +75,8 @@ def agree(score: TaskScore, model: nn.Module, tokenizer: Any, rows: Sequence[Row
     assert score.acc_norm == (pytest.approx(acc_norm) if "acc_norm" in METRICS[score.task] else None)
     assert score.rows == len(rows)
     assert score.chance == pytest.approx(sum(1 / len(row["choices"]) for row in rows) / len(rows))
+    labels = [row["label"] for row in rows]
+    assert score.constant == (max(map(labels.count, labels)) / len(rows) if score.task == "boolq" else None)
     assert score.acc_stderr == pytest.approx((acc * (1 - acc) / (len(rows) - 1)) ** 0.5)
 
 

@@ -58,6 +58,7 @@ def run(
                 chance=sum(1 / n for n in choices.values()) / len(choices),
                 rows=len(choices),
                 source=files[name][1] if files is not None else _hub_source(task),
+                constant=_constant(task),
             )
         )
     return Scores(tuple(scores), scorer.cut, scorer.special_tokens, VERSION)
@@ -195,6 +196,15 @@ def _manager() -> Any:
 def _hub_source(task: Any) -> str:
     split = task.config.test_split or task.config.validation_split
     return ":".join(filter(None, [task.DATASET_PATH, task.DATASET_NAME, split]))
+
+
+def _constant(task: Any) -> float | None:
+    """The share of the commonest right answer, where all of several rows have the same choices."""
+    rows = {instance.doc_id: instance.doc for instance in task.instances}
+    if len(rows) == 1 or len({tuple(task.doc_to_choice(row)) for row in rows.values()}) > 1:
+        return None
+    answers = Counter(task.doc_to_target(row) for row in rows.values())
+    return max(answers.values()) / len(rows)
 
 
 def _number(value: Any) -> float | None:

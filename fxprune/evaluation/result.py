@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from rich import box
 from rich.table import Table
@@ -152,9 +152,13 @@ class Evaluation:
         by = {metric: ", ".join(t.task for t in self.tasks if t.metric == metric) for metric in ("acc", "acc_norm")}
         parts = " and ".join(f"{metric} of {names}" for metric, names in by.items() if names)
         special = "with" if self.settings.get("special_tokens") else "without"
+        theirs = self.dense.tasks if self.dense is not None else ()
         notes = [
             f"zero-shot by {self.settings.get('harness')}, {special} a special token before each prompt: {rows}",
             f"the average is of {parts}",
+        ]
+        notes += [
+            _constant_note(t, next((d for d in theirs if d.task == t.task), None)) for t in self.tasks if t.constant is not None
         ]
         if self.cut:
             notes.append(f"{self.cut:,} requests were longer than the model reads: their first tokens were dropped")
@@ -168,6 +172,13 @@ class Evaluation:
         return ["", "dense", "this model", "of dense"], [
             [line.label, line.dense, line.text, share] for line, share in zip(lines, kept, strict=True)
         ]
+
+
+def _constant_note(mine: TaskScore, dense: TaskScore | None) -> str:
+    constant = cast(float, mine.constant)
+    no_better = [name for name, t in (("this model", mine), ("the dense model", dense)) if t is not None and t.score <= constant]
+    more = f", no less than {' and '.join(no_better)}: so much says nothing" if no_better else ""
+    return f"{mine.task}: one answer given to every row scores {constant:.1%}{more}"
 
 
 def _measures(found: Evaluation) -> dict[str, Measure]:

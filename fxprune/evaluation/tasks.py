@@ -47,6 +47,7 @@ class TaskScore:
         chance: What guessing scores on these rows: the mean of 1 / choices.
         rows: Rows scored.
         source: File, or dataset and split.
+        constant: What one answer, given to every row, scores; None where choices differ from row to row.
     """
 
     task: str
@@ -58,6 +59,7 @@ class TaskScore:
     chance: float
     rows: int
     source: str
+    constant: float | None = None
 
     @property
     def score(self) -> float:
