@@ -113,6 +113,27 @@ def test_criteria_after_recovery() -> None:
         assert_shown(cells, perplexities(rows["dense", 0.0] if name == "dense" else rows[name, 0.2]["recovered"]))
 
 
+def test_zero_shot() -> None:
+    rows = rows_of(results("paper_tasks"))
+    shown = table("README.md", "| | BoolQ | PIQA | HellaSwag |")
+    labels = {f"{label}{', recovered' * after}": (name, after) for label, name in CRITERIA.items() for after in (False, True)}
+    labels = {label.replace(" (stock classes load it)", ""): row for label, row in labels.items()}
+    assert list(shown) == [
+        label for label, (name, after) in labels.items() if (name, 0.2) in rows or (name == "dense" and not after)
+    ]
+    for label, cells in shown.items():
+        name, after = labels[label]
+        row = rows[name, 0.0 if name == "dense" else 0.2]
+        tasks = (row["recovered"] if after else row)["tasks"]
+        scores = [100 * task[task["metric"]] for task in tasks["tasks"]]
+        assert_shown(cells, [*scores, 100 * tasks["average"], 100 * above_chance(tasks), 100 * above_chance(tasks, "boolq")])
+
+
+def above_chance(found: Mapping[str, Any], without: str = "") -> float:
+    gains = [task[task["metric"]] - task["chance"] for task in found["tasks"] if task["task"] != without]
+    return sum(gains) / len(gains)
+
+
 def test_shares_of_the_gap() -> None:
     text = (ROOT / "README.md").read_text()
     lines = closed(list(rows_of(results("paper_criteria"), calibration="c4").values()))
