@@ -153,6 +153,13 @@ def test_criteria_calibrated_on_the_kind_of_text() -> None:
     assert_sentence(r": it closes (.*?) % of the gap on WikiText-2, and (.*?) % and (.*?) % on the other two", shares)
 
 
+def test_dependency() -> None:
+    rows, shown = rows_of(results("paper_dependency")), table("README.md", "| perplexity | 20 %: WikiText-2 |")
+    assert list(shown) == ["with dependency", "without"]
+    for name, cells in zip(("with", "without"), shown.values(), strict=True):
+        assert_shown(cells, [p for ratio in (0.2, 0.5) for p in perplexities(rows[name, ratio])])
+
+
 def test_exactness_and_fuzzing() -> None:
     exact, fuzz = results("exactness")["summary"], results("fuzz")["summary"]
     assert_sentence(
