@@ -238,10 +238,10 @@ def test_one_answer_to_every_row_is_what_a_score_is_held_against() -> None:
     dense, weak = made(score("boolq", 0.7, constant=0.62)), made(score("boolq", 0.62, constant=0.62))
     start = "boolq: one answer given to every row scores 62.0%"
     assert start in dense.notes()
-    assert f"{start}, no less than this model: so much says nothing" in weak.notes()
-    assert f"{start}, no less than this model: so much says nothing" in weak.against(dense).notes()
-    assert f"{start}, no less than the dense model: so much says nothing" in dense.against(weak).notes()
-    assert f"{start}, no less than this model and the dense model: so much says nothing" in weak.against(weak).notes()
+    assert f"{start}; this model scores no better" in weak.notes()
+    assert f"{start}; this model scores no better" in weak.against(dense).notes()
+    assert f"{start}; the dense model scores no better" in dense.against(weak).notes()
+    assert f"{start}; this model and the dense model score no better" in weak.against(weak).notes()
     assert not any("one answer" in note for note in made(score("piqa", 0.5)).notes())
 
 

@@ -77,6 +77,13 @@ def assert_shown(cells: Sequence[str], values: Sequence[float]) -> None:
         assert abs(float(number.replace(",", "")) - value) <= half * (1 + 1e-6), f"{number} stands for {value}"
 
 
+def assert_table(shown: Mapping[str, Sequence[str]], expected: Mapping[str, Sequence[float]]) -> None:
+    """A table has these rows, in this order, with these numbers."""
+    assert list(shown) == list(expected)
+    for label, values in expected.items():
+        assert_shown(shown[label], values)
+
+
 def assert_sentence(pattern: str, values: Sequence[float]) -> None:
     """The numbers of a sentence in the README, which is there once."""
     (cells,) = re.findall(pattern, (ROOT / "README.md").read_text())
@@ -98,10 +105,8 @@ def perplexities(row: Mapping[str, Any], texts: Sequence[str] = TEXTS) -> list[f
 
 def test_criteria_without_recovery() -> None:
     rows, shown = rows_of(results("paper_criteria"), calibration="c4"), table("README.md", "| | 20 %: WikiText-2 |")
-    assert list(shown) == list(CRITERIA)
-    for label, name in CRITERIA.items():
-        ratios = (0.0, 0.0) if name == "dense" else (0.2, 0.5)
-        assert_shown(shown[label], [p for ratio in ratios for p in perplexities(rows[name, ratio])])
+    ratios = {name: (0.0, 0.0) if name == "dense" else (0.2, 0.5) for name in CRITERIA.values()}
+    assert_table(shown, {k: [p for ratio in ratios[name] for p in perplexities(rows[name, ratio])] for k, name in CRITERIA.items()})
 
 
 def test_criteria_after_recovery() -> None:
@@ -155,9 +160,8 @@ def test_criteria_calibrated_on_the_kind_of_text() -> None:
 
 def test_dependency() -> None:
     rows, shown = rows_of(results("paper_dependency")), table("README.md", "| perplexity | 20 %: WikiText-2 |")
-    assert list(shown) == ["with dependency", "without"]
-    for name, cells in zip(("with", "without"), shown.values(), strict=True):
-        assert_shown(cells, [p for ratio in (0.2, 0.5) for p in perplexities(rows[name, ratio])])
+    labels = {"with dependency": "with", "without": "without"}
+    assert_table(shown, {k: [p for ratio in (0.2, 0.5) for p in perplexities(rows[name, ratio])] for k, name in labels.items()})
 
 
 def test_exactness_and_fuzzing() -> None:
@@ -203,16 +207,13 @@ def test_the_demo() -> None:
         "rewritten graph against the masked dense model, relative error": [demo["verify"]["max_rel_error"]],
         "eager model against the rewritten graph, relative error": [demo["eager_error"]],
     }
-    assert list(shown) == list(expected)
-    for label, values in expected.items():
-        assert_shown(shown[label], values)
+    assert_table(shown, expected)
 
 
 def test_memory() -> None:
     tokens, shown = results("memory")["tokens"], table("README.md", "| | 10 x 64 tokens | 1 x 64 tokens |")
-    assert list(shown) == list(MEMORY)
-    for label, name in MEMORY.items():
-        assert_shown(shown[label], [tokens[amount]["variants"][name]["above_model"] for amount in ("10x64", "1x64")])
+    amounts = ("10x64", "1x64")
+    assert_table(shown, {k: [tokens[amount]["variants"][name]["above_model"] for amount in amounts] for k, name in MEMORY.items()})
 
 
 def test_latency() -> None:
@@ -237,9 +238,7 @@ def test_capture() -> None:
         "both, with fixed sizes (dynamic_shapes={})": [cases[f"{shape}-fixed"]["total"] for shape in shapes],
         "Torch-Pruning 1.6.1, its dependency graph and groups": [cases[f"{shape}-torch-pruning"]["total"] for shape in shapes],
     }
-    assert list(shown) == list(expected)
-    for label, values in expected.items():
-        assert_shown(shown[label], values)
+    assert_table(shown, expected)
 
 
 def test_coverage() -> None:

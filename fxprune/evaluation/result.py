@@ -177,7 +177,8 @@ class Evaluation:
 def _constant_note(mine: TaskScore, dense: TaskScore | None) -> str:
     constant = cast(float, mine.constant)
     no_better = [name for name, t in (("this model", mine), ("the dense model", dense)) if t is not None and t.score <= constant]
-    more = f", no less than {' and '.join(no_better)}: so much says nothing" if no_better else ""
+    verb = "scores" if len(no_better) == 1 else "score"
+    more = f"; {' and '.join(no_better)} {verb} no better" if no_better else ""
     return f"{mine.task}: one answer given to every row scores {constant:.1%}{more}"
 
 
