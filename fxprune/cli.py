@@ -113,13 +113,17 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, and know everything or fail."""
-        self._refuse_twice(sys.argv[1:] if args is None else args)
+        given = sys.argv[1:] if args is None else args
+        self._refuse_twice(given)
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             options = re.findall(r"--[a-z][a-z-]*", self.format_help())
             typed = unknown[0].partition("=")[0]
             close = [name for name in TEXT if typed in TEXT and name in options] or difflib.get_close_matches(typed, options, n=1)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean '{close[0]}'?" if close else ""))
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            if "--set" in given and re.match(r"\w+=", unknown[0]):
+                hint = f"; --set takes one FIELD=VALUE: write '--set {unknown[0]}'"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found, unknown
 
     def _refuse_twice(self, typed: Sequence[str]) -> None:

@@ -127,6 +127,11 @@ def test_prune_refuses_before_a_model_is_loaded(arguments: tuple[str, ...], said
             "unknown dtype 'int8'; choose from: auto, bfloat16, float16, float32, float64",
         ),
         (("prune", "dense", *RATIO, "--protect", "layer.0"), 2, "--protect layer.0 matches no group and no block; "),
+        (
+            ("recover", "dense", "--data", "short.txt", "-o", "out", "--set", "warmup=1", "rank=4"),
+            2,
+            "unrecognized arguments: rank=4; --set takes one FIELD=VALUE: write '--set rank=4'",
+        ),
         (("prune", "dense", *RATIO, "--kinds", "experts"), 2, "this model has no prunable group of kind experts; it has ffn, "),
         (
             ("prune", "dense", *RATIO, "--calibration", "short.txt"),
