@@ -346,6 +346,8 @@ BAD = [
     (("--rows", "torch-pruning"), "the row torch-pruning needs --torch-pruning DIR"),
     (("--data", "/nowhere"), "there is no directory '/nowhere' (--data)"),
     (("--data", ""), "where are the texts? Pass --data DIR or set FXPRUNE_DATA"),
+    (("--rows", "l2", "--limit", "9"), "--limit and --task-dtype say how tasks are run: name some, or all seven by --tasks"),
+    (("--rows", "l2", "--task-dtype", "bfloat16"), "--limit and --task-dtype say how tasks are run"),
     (("--rows", "l2", "--tasks", "piqua"), "unknown task 'piqua'; did you mean 'piqa'?"),
     (("--rows", "l2", "--recover", "9", "--recover-set", "speed=3"), "there is no recovery setting 'speed'"),
 ]

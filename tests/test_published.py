@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.paper.criteria import closed
+from fxprune.evaluation.tasks import read_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,7 +88,7 @@ def assert_table(shown: Mapping[str, Sequence[str]], expected: Mapping[str, Sequ
 def assert_sentence(pattern: str, values: Sequence[float]) -> None:
     """The numbers of a sentence in the README, which is there once."""
     (cells,) = re.findall(pattern, (ROOT / "README.md").read_text())
-    assert_shown(cells, values)
+    assert_shown([cells] if isinstance(cells, str) else cells, values)
 
 
 def rows_of(book: Mapping[str, Any], **wanted: Any) -> dict[tuple[str, float], Any]:
@@ -132,6 +133,16 @@ def test_zero_shot() -> None:
         tasks = (row["recovered"] if after else row)["tasks"]
         scores = [100 * task[task["metric"]] for task in tasks["tasks"]]
         assert_shown(cells, [*scores, 100 * tasks["average"], 100 * above_chance(tasks), 100 * above_chance(tasks, "boolq")])
+        spread = sum(task[f"{task['metric']}_stderr"] ** 2 for task in tasks["tasks"]) ** 0.5 / len(tasks["tasks"])
+        assert 0.008 < spread < 0.009, "the README says what the standard error of an average is"
+
+
+@pytest.mark.data
+def test_one_answer_to_every_row_of_boolq(corpora: Callable[..., Path]) -> None:
+    rows, _ = read_rows(corpora("boolq.jsonl.gz"), "boolq", 500)
+    assert_sentence(
+        r'"yes" to every row scores (.*?) % on BoolQ', [100 * sum(r["choices"][r["label"]] == "yes" for r in rows) / len(rows)]
+    )
 
 
 def above_chance(found: Mapping[str, Any], without: str = "") -> float:

@@ -76,13 +76,12 @@ COLUMNS: dict[str, Callable[[Row], Any]] = {
 
 
 def recovery_options(made: argparse.ArgumentParser) -> None:
-    """Add what says how rows are recovered, and the tasks."""
+    """Add what says how rows are recovered."""
     made.add_argument("--recover-data", choices=sorted(TRAINING), default="alpaca", help="what to recover on (default: alpaca)")
     made.add_argument("--recover-recipe", choices=sorted(RECOVERIES), default="default", help="of fxprune.recover")
     made.add_argument(
         "--recover-set", nargs="*", default=[], type=setting, metavar="NAME=VALUE", help="other settings of the recovery"
     )
-    task_options(made)
 
 
 def task_options(made: argparse.ArgumentParser) -> None:
@@ -102,8 +101,11 @@ def setting(text: str) -> tuple[str, str]:
 
 
 def settle_tasks(arguments: argparse.Namespace) -> None:
-    """Which tasks are meant; refuses others."""
-    if arguments.tasks is not None:
+    """Which tasks are meant; refuses others, and what is said of tasks that are not run."""
+    if arguments.tasks is None:
+        if arguments.limit is not None or arguments.task_dtype is not None:
+            raise UsageError("--limit and --task-dtype say how tasks are run: name some, or all seven by --tasks alone")
+    else:
         arguments.tasks = list(check_tasks(arguments.tasks or TASKS))
 
 
@@ -116,8 +118,7 @@ def wanted_tasks(arguments: argparse.Namespace) -> Row | None:
 
 
 def check_recovery(arguments: argparse.Namespace) -> None:
-    """Refuse what cannot be used before a model is loaded."""
-    settle_tasks(arguments)
+    """Refuse settings that cannot be used before a model is loaded."""
     settings_of(arguments.recover_recipe, dict(arguments.recover_set))
 
 
@@ -200,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--torch-pruning", type=Path, default=None, metavar="DIR", help=INSTALL_HINT)
     made.add_argument("--recover", type=int, default=None, metavar="TOKENS", help="recover each row on so many tokens")
     recovery_options(made)
+    task_options(made)
     a = made.parse_args(arguments)
     if a.ours_only and a.rows is not None:
         raise UsageError("--ours-only says which rows: leave --rows out")
@@ -210,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"without {PEER}: {INSTALL_HINT}")
         names.remove(PEER)
     check_recovery(a)
+    settle_tasks(a)
     bench = Bench(a)
     if a.recover is not None:
         bench.data.check([a.recover_data])

@@ -11,7 +11,18 @@ from collections.abc import Sequence
 
 from benchmarks.paper.bench import Bench, eager
 from benchmarks.paper.common import Book, Row, parser, pick, run, show
-from benchmarks.paper.criteria import COLUMNS, PEER, ROWS, check_recovery, measure_dense, measured, recovery_options, wanted_tasks
+from benchmarks.paper.criteria import (
+    COLUMNS,
+    PEER,
+    ROWS,
+    check_recovery,
+    measure_dense,
+    measured,
+    recovery_options,
+    settle_tasks,
+    task_options,
+    wanted_tasks,
+)
 from fxprune.api import PruneResult
 from fxprune.errors import UsageError
 
@@ -24,11 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--row", default="element1", help="how it is pruned, a row of benchmarks.paper.criteria (default: element1)")
     made.add_argument("--amounts", nargs="+", type=int, default=AMOUNTS, help="samples (default: 0 1000 10000 50000)")
     recovery_options(made)
+    task_options(made)
     a = made.parse_args(arguments)
     (name,) = pick(a.row, [row for row in ROWS if row != PEER])
     if min(a.amounts) < 0:
         raise UsageError(f"--amounts are numbers of samples, got {min(a.amounts)}")
     check_recovery(a)
+    settle_tasks(a)
     bench = Bench(a)
     bench.data.check([a.recover_data])
     book, found, pruned = Book(a.output, a, "data_amount"), list[Row](), list[tuple[PruneResult, Row]]()
