@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from fxprune.data import Examples, Source, load_examples, render
+from fxprune.data.examples import IGNORED
 from fxprune.errors import UsageError
 
 EOS, BOS = 257, 256
@@ -281,6 +283,31 @@ def test_what_examples_are(tmp_path: Path) -> None:
         load_examples(tmp_path / "a.jsonl", letters(), cutoff=300, completion_only=True, seed=1).fingerprint,
     }
     assert len(prints) == 4
+
+
+def test_ready_ids() -> None:
+    made = Examples.of_ids([[5, 6, 7], torch.tensor([8, 9])], "mine")
+    assert [(ids.tolist(), labels.tolist()) for ids, labels in (made[0], made[1])] == [
+        ([5, 6, 7], [IGNORED, 6, 7]),
+        ([8, 9], [IGNORED, 9]),
+    ]
+    assert (made.names, made.ids.dtype, made.tokens) == (("mine",), torch.int32, 5)
+    assert made.fingerprint == Examples.of_ids(torch.tensor(row) for row in ([5, 6, 7], [8, 9])).fingerprint
+    assert made.fingerprint != Examples.of_ids([[5, 6], [7, 8, 9]]).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "'mine' is empty: it has no rows"),
+        ([[1, 2], [3]], "row 1 of 'mine' is no list of at least two token ids"),
+        ([[1.5, 2.5]], "row 0 of 'mine' is no list"),
+        ([[[1, 2], [3, 4]]], "row 0 of 'mine' is no list"),
+    ],
+)
+def test_what_are_no_ids(rows: list[Any], said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        Examples.of_ids(rows, "mine")
 
 
 def test_split(tmp_path: Path) -> None:

@@ -338,6 +338,11 @@ def test_steps(place: Path, tmp_path: Path, validation: str) -> None:
     assert [v["step"] for v in row["recovery"]["validation"]] == [0, 2, 4]
     assert row["recovery"]["settings"]["rank"] == 8
     assert output.with_suffix(".png").is_file()
+    if validation == "ptb":
+        untrained = tmp_path / "d.json"
+        assert call(data_amount.main, place, untrained, "--ratio", "0.1", "--amounts", "0") == 0
+        expected = book(untrained)["rows"][1]["perplexity"]["ptb"]["perplexity"]
+        assert row["recovery"]["validation"][0]["perplexity"] == pytest.approx(expected, rel=1e-4), "the protocol of the tables"
 
 
 BAD = [

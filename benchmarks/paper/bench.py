@@ -19,6 +19,7 @@ from fxprune.api import PruneResult, example_inputs
 from fxprune.calibration import load_calibration
 from fxprune.checkpoint.source import load_source
 from fxprune.commands.common import quiet_libraries
+from fxprune.data import Examples
 from fxprune.demo import model_file
 from fxprune.evaluation import perplexity
 from fxprune.evaluation.text import token_stream
@@ -132,13 +133,20 @@ class Bench:
             **{name: found.settings.get(name) for name in ("harness", "special_tokens", "limit")},
         }
 
-    def recover(self, target: Any, data: str, *, validation: Path | None = None, **overrides: Any) -> tuple[nn.Module, Row]:
+    def windows(self, text: str) -> Examples:
+        """What `perplexities` reads of a text, window by window: a recovery that is measured on it has the same perplexity."""
+        a = self.arguments
+        ids = self.streams[text]
+        whole = ids[: len(ids) // a.length * a.length].view(-1, a.length)
+        return Examples.of_ids(whole[: a.windows or None], text)
+
+    def recover(self, target: Any, data: str, *, validation: Examples | None = None, **overrides: Any) -> tuple[nn.Module, Row]:
         """Train a pruned model.
 
         Args:
             target: What `fxprune.recover` takes.
             data: A name of `benchmarks.paper.common.TRAINING`.
-            validation: Text to measure on; by default some of the data is held out.
+            validation: What to measure on; by default some of the data is held out.
             **overrides: Settings of the recovery.
 
         Returns:
@@ -147,8 +155,8 @@ class Bench:
         a = self.arguments
         start = time.perf_counter()
         settings = settings_of(a.recover_recipe, {**dict(a.recover_set), "seed": a.seed, **overrides})
-        held = None if validation is None else str(validation)
-        result = fxprune.recover(target, str(self.data.training(data)), tokenizer=self.tokenizer, recipe=settings, validation=held)
+        source = str(self.data.training(data))
+        result = fxprune.recover(target, source, tokenizer=self.tokenizer, recipe=settings, validation=validation)
         report = result.report
         return result.model, {
             "data": data,

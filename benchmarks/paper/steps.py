@@ -3,7 +3,8 @@
     python -m benchmarks.paper.steps --data DIR --recover-recipe llm-pruner
 
 LLM-Pruner's figure of the same name: training for too long hurts. Nothing stops early here. With ``--validation wikitext2`` or
-``ptb`` the curve is that of an evaluation text; the model that is kept would then be chosen by it, so it is evaluated on nothing.
+``ptb`` the curve is that of an evaluation text, by the protocol of the other experiments and on as many ``--windows``; the model
+that is kept would then be chosen by it, so it is evaluated on nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if row is None:
             print(f"{name}, {a.ratio:.0%} ...", flush=True)
             result, facts = bench.prune(ROWS[name], a.ratio)
-            held = None if a.validation == HELD_OUT else bench.data.evaluation[a.validation]
+            held = None if a.validation == HELD_OUT else bench.windows(a.validation)
             _, report = bench.recover(result, a.recover_data, validation=held, patience=0)
             row = {"key": key, "name": name, **facts, "recovery": report}
             book.add(row)

@@ -54,6 +54,27 @@ class Examples:
     names: tuple[str, ...]
     fingerprint: str
 
+    @classmethod
+    def of_ids(cls, rows: Iterable[Sequence[int] | Tensor], label: str = "ids") -> Examples:
+        """Token ids as they are: each row one example, of which every token but the first is learned.
+
+        Args:
+            rows: Lists of token ids or integer tensors ``[tokens]``, of any lengths above 1.
+            label: What they are called.
+
+        Raises:
+            UsageError: There are no rows, or one is no list of at least two whole numbers.
+        """
+        parts = [torch.as_tensor(row) for row in rows]
+        if not parts:
+            raise UsageError(f"'{label}' is empty: it has no rows")
+        for number, part in enumerate(parts):
+            if part.dim() != 1 or len(part) < 2 or part.is_floating_point():
+                raise UsageError(f"row {number} of '{label}' is no list of at least two token ids")
+        nothing = torch.zeros(len(parts), dtype=torch.long)
+        lengths = torch.tensor([len(part) for part in parts])
+        return _examples(torch.cat(parts).to("cpu", torch.int32), lengths, nothing, nothing, (label,))
+
     def __len__(self) -> int:
         return len(self.prompts)
 

@@ -61,7 +61,8 @@ def recover(
         target: What `fxprune.prune` returned, a checkpoint's directory, an eager Hugging Face model, or a pruned GraphModule. It is
             not changed.
         data: Text to train on, as for `fxprune.data.parse_sources` (``"alpaca.jsonl.gz"``, ``"a.jsonl=0.7,b.txt=0.3"``, a
-            ``datasets`` name), or examples that were read already.
+            ``datasets`` name), or examples that were read already (`fxprune.data.load_examples`), or are token ids
+            (``fxprune.data.Examples.of_ids``).
         curriculum: Instead of data: stages of sources, and how often each source is read by what the pruned model has lost of it
             (``fxprune.Curriculum``). ``samples`` and ``validation_samples`` are then of each source, what is kept is the round
             with the least degradation, and the curriculum has a ``patience`` of its own.
