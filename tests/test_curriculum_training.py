@@ -130,6 +130,8 @@ def test_one_source_has_nothing_to_choose(files: tuple[str, str]) -> None:
     assert result.report.notes == ["stage 1 (lost.jsonl) has one source: dynamic weights have nothing to choose there"]
     assert [r["weights"] for r in measurements(result)] == 3 * [{"lost.jsonl": 1.0}]
     assert not taught(Curriculum([[files[1]]], "static", rounds=2)).report.notes
+    (note,) = taught(Curriculum([[files[1]]], "static", rounds=2), warmup=1000).report.notes
+    assert note.startswith("the warm-up takes 1000 steps and a stage has "), "each stage has a schedule of its own"
 
 
 # --- stages, schedules and the budget ---------------------------------------------------------------------------------------------

@@ -116,6 +116,18 @@ def test_packed_rows_give_the_loss_of_their_examples(text: Path) -> None:
     assert result.report.tokens == examples.tokens
 
 
+@pytest.mark.parametrize(("warmup", "noted"), [(3, False), (4, True), (100, True), (0.9, False)])
+def test_a_warm_up_that_never_ends_is_told(warmup: float, noted: bool, text: Path, caplog: pytest.LogCaptureFixture) -> None:
+    result = trained(pruned(), str(text), warmup=warmup, max_steps=4, lr=1e-3)
+    found = [n for n in result.report.notes if n.startswith("the warm-up takes")]
+    assert bool(found) is noted
+    if noted:
+        share = max(result.report.history["lr"]) / 1e-3
+        said = f"the warm-up takes {warmup} steps and the run has 4: the learning rate gets no further than {share:.0%} of lr; "
+        assert found == [said + "set a shorter warmup, or a share such as 0.03"]
+        assert found[0] in caplog.messages
+
+
 @pytest.mark.parametrize(("family", "apart"), [("llama", True), ("gpt2", True), ("mpt", False)])
 def test_packing_only_where_examples_are_kept_apart(family: str, apart: bool, text: Path) -> None:
     model = build(family).eval()

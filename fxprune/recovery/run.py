@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from contextlib import ExitStack
@@ -33,6 +34,8 @@ from .staged import StagedTraining, StageRun, tokens_per_step
 from .state import Position, StateDirectory
 from .subject import Subject, find_subject, fingerprint, plan_name
 from .world import World, find_world
+
+log = logging.getLogger("fxprune")
 
 
 def recover(
@@ -253,7 +256,9 @@ class RecoveryRun:
         student = prepare(self.subject.model, settings, wide=not self.bf16)
         if not world.sharded:
             student = student.to(world.device)
-        plan = self.fit(student, sum(stage.plan.steps for stage in stages) or self._steps(len(batches)))
+        schedules = [stage.plan.steps for stage in stages] or [self._steps(len(batches))]
+        plan = self.fit(student, sum(schedules))
+        self._note_warmup(min(schedules))
         self.trained = sum(p.numel() for p in trained(student).values())
         wrapped = world.wrap(student)
         parts = (student, wrapped, teacher if settings.distils else None, batches, held, plan, world, state, progress)
@@ -265,6 +270,19 @@ class RecoveryRun:
             self._try(student)
             training.run()
         return training
+
+    def _note_warmup(self, steps: int) -> None:
+        """Say that a run or a stage of so many steps is over before its warm-up."""
+        settings = self.settings
+        if 1 <= settings.warmup >= steps:
+            of = "the run" if self.curriculum is None else "a stage"
+            peak = settings.rate(steps - 1, steps) / settings.lr
+            self.notes.append(
+                f"the warm-up takes {counted(int(settings.warmup), 'step')} and {of} has {steps:,}: the learning rate gets no "
+                f"further than {peak:.0%} of lr; set a shorter warmup, or a share such as 0.03"
+            )
+            if self.world.main:
+                log.warning("%s", self.notes[-1])
 
     def fit(self, student: nn.Module, steps: int) -> Plan:
         """How so many steps run on this device: rows at a time, recomputed activations, compiled or not."""
