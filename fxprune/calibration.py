@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .data.sources import parse_sources, reason, texts
+from .data.sources import parse_sources, reason
+from .data.templates import texts
 from .errors import FxPruneError, UsageError
 from .mode import evaluating
 from .wording import counted
@@ -66,7 +67,7 @@ def load_calibration(
         return _batches(ids, batch_size), f"{samples} x {length} tokens sampled from the model, seed {seed}"
     given: Iterable[str]
     if isinstance(source, str | os.PathLike):
-        given, label = read_texts(source), os.fspath(source)
+        given, label = read_texts(source, tokenizer), os.fspath(source)
         label = os.path.basename(label) if os.path.isfile(label) else label
     else:
         items: list[Any] = [source] if isinstance(source, Mapping) else list(source)
@@ -125,8 +126,10 @@ def _chunks(texts: Iterable[str], size: int = 256) -> Iterator[list[str]]:
         yield chunk
 
 
-def read_texts(source: str | os.PathLike[str]) -> Iterable[str]:
+def read_texts(source: str | os.PathLike[str], tokenizer: Any = None) -> Iterable[str]:
     """Texts of a file or of a ``datasets`` name, as `fxprune.data.parse_sources` takes it; not a mixture.
+
+    An instruction or a conversation is one text with its answer, as `fxprune.recover` reads it (`fxprune.data.whole_text`).
 
     Raises:
         UsageError: There is no such file or dataset (the latter when it is read), the file is damaged, there is no column of text
@@ -134,8 +137,10 @@ def read_texts(source: str | os.PathLike[str]) -> Iterable[str]:
     """
     found = parse_sources(source)
     if len(found) > 1:
-        raise UsageError(f"one source of text is read here, and '{os.fspath(source)}' names {len(found)}")
-    read = texts(found[0])
+        raise UsageError(
+            f"one source of text is read here, and '{os.fspath(source)}' names {len(found)}: put them into one file, or name one"
+        )
+    read = texts(found[0], tokenizer)
     return read if found[0].file is None else list(read)
 
 
@@ -180,6 +185,33 @@ def vocabulary_of(model: nn.Module) -> tuple[int, int] | None:
     return (size, start if isinstance(start, int) else 0) if isinstance(size, int) else None
 
 
+def known_tokens(model: nn.Module) -> int | None:
+    """How many tokens a model has an embedding for; None for one without embeddings."""
+    try:
+        found: Any = model.get_input_embeddings()  # type: ignore[operator] # of transformers' models
+    except (AttributeError, NotImplementedError, TypeError):
+        found = None
+    if isinstance(rows := getattr(getattr(found, "weight", None), "shape", (None,))[0], int):
+        return rows
+    return max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=None)
+
+
+def check_known(ids: Tensor, model: nn.Module, called: str) -> None:
+    """See that a model knows every token of a text.
+
+    Args:
+        ids: Token ids of any shape.
+        model: That is to read them.
+        called: The text, for the message.
+
+    Raises:
+        UsageError: A token is beyond the vocabulary: the tokenizer is another model's.
+    """
+    known, largest = known_tokens(model), int(ids.max()) if ids.numel() else 0
+    if known is not None and largest >= known:
+        raise UsageError(f"{called} has token {largest}, and the model knows {known}: the tokenizer belongs to another model")
+
+
 def longest_input(model: nn.Module) -> int | None:
     """Tokens that the model was made for, None if it does not say."""
     config: Any = getattr(model, "config", None)
@@ -187,7 +219,7 @@ def longest_input(model: nn.Module) -> int | None:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
     except ValueError:  # several text configurations, as of a text encoder and a decoder of sounds
         return None
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = getattr(text, "max_position_embeddings", getattr(text, "max_seq_len", None))  # the latter is MPT's name
     if not isinstance(limit, int) or limit <= 0:
         return None
     for name, module in model.named_modules():  # RoBERTa numbers positions from the one behind the padding's

@@ -145,12 +145,12 @@ def test_missing_files(name: str) -> None:
         (
             "a.jsonl",
             b'{"id": 3, "body": "a"}',
-            "'a.jsonl' has no column of text; it has id, body, wanted one of text, content, document, instruction",
+            "'a.jsonl' has no column of text; it has id, body, wanted text, content or document; ",
         ),
         (
             "a.jsonl",
             b'{"text": 3}',
-            "'a.jsonl' has no column of text; it has text, wanted one of text, content, document, instruction",
+            "the column 'text' of 'a.jsonl' holds a int, not text",
         ),
         ("a.xml", b"<a/>", "'a.xml' is none of .txt, .json, .jsonl, .csv, .parquet (.gz allowed)"),
         ("a.txt", b"\xff\xfe", "cannot read 'a.txt' as txt: UnicodeDecodeError: "),
@@ -194,11 +194,12 @@ def test_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         assert label == f"4 x 3 tokens of {name}, seed 0"
     assert asked == [("owner/set", c, s, True) for c, s in ((None, "train"), (None, "test"), ("raw", "test"))]
     assert error("wrong") == (
-        "'wrong' has no column of text; it has id, body, wanted one of text, content, document, instruction; "
-        "name another as wrong[column]"
+        "'wrong' has no column of text; it has id, body, wanted text, content or document; "
+        "instruction and output; prompt and completion; or turns in messages or conversations; rename them, or name one as "
+        "wrong[column]"
     )
     assert torch.equal(load("wrong[body]")[0], load(TEXTS)[0])
-    assert error("a,b=2") == "one source of text is read here, and 'a,b=2' names 2"
+    assert error("a,b=2") == "one source of text is read here, and 'a,b=2' names 2: put them into one file, or name one"
     assert error("lost") == (
         "'lost' is neither a file nor a dataset that can be loaded (ConnectionError: no message); "
         "write name, name:split or name:config:split"

@@ -45,12 +45,15 @@ def test_a_model_inside_the_output_stays(arguments: tuple[str, ...], said: str, 
     shutil.rmtree(place / "old.recovering", ignore_errors=True)
 
 
+TAUGHT = ("recover", "checkpoint", "--data", "text.txt", "--set", "distill_weight=0.5")
+
+
 @pytest.mark.parametrize(
     ("arguments", "option", "name"),
     [
         (("prune", "dense", "--ratio", "0.2", "--calibration", "old/text.txt"), "--calibration", "old/text.txt"),
         (("prune", "dense", "--ratio", "0.2", "--calibration", "link.txt"), "--calibration", "link.txt"),
-        (("recover", "checkpoint", "--data", "text.txt", "--teacher", "old"), "--teacher", "old"),
+        ((*TAUGHT, "--teacher", "old"), "--teacher", "old"),
         (("recover", "checkpoint", "--data", "text.txt=0.5,old/text.txt=0.5"), "--data", "old/text.txt"),
         (("recover", "checkpoint", "--data", "text.txt", "--validation", "old/text.txt"), "--validation", "old/text.txt"),
         (
@@ -58,6 +61,13 @@ def test_a_model_inside_the_output_stays(arguments: tuple[str, ...], said: str, 
             "--data",
             "old/text.txt",
         ),
+        (("recover", "checkpoint", "--data", "text.txt, old/text.txt[text]"), "--data", "old/text.txt"),
+        (
+            ("recover", "checkpoint", "--curriculum", "static", "--data", "text.txt", "--then", "old/text.txt"),
+            "--data",
+            "old/text.txt",
+        ),
+        (("prune", "dense", "--ratio", "0.2", "--recipe", "old/fxprune_recipe.yaml"), "--recipe", "old/fxprune_recipe.yaml"),
     ],
 )
 def test_what_is_read_is_not_replaced(

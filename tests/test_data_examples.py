@@ -187,8 +187,9 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path: Path, caplog: pyte
             '{"title": "b", "body": "c"}',
             {},
             (
-                "'a.jsonl' has no column of text; it has title, body, wanted one of text, content, document, instruction; "
-                "name another as a.jsonl[column]"
+                "'a.jsonl' has no column of text; it has title, body, wanted text, content or document; "
+                "instruction and output; prompt and completion; or turns in messages or conversations; rename them, or name one as "
+                "a.jsonl[column]"
             ),
         ),
         (
@@ -236,6 +237,14 @@ def test_a_mixture_ends_with_the_first_source_that_ends(tmp_path: Path, caplog: 
     paths = mixture(tmp_path, {"a": 10, "b": 300})
     assert load_examples({paths["a"]: 1, paths["b"]: 4}, letters()).source.bincount().tolist()[0] == 10
     assert 40 <= len(load_examples({paths["a"]: 1, paths["b"]: 4}, letters())) - 10 <= 44
+    told = (
+        "'a.jsonl' has no more examples, and the mixture ends with it: the rest of 'b.jsonl' is not read; to read more, give the "
+        "sources weights by their sizes"
+    )
+    assert caplog.messages == [told, told]
+    caplog.clear()
+    load_examples({paths["a"]: 1, paths["b"]: 28}, letters())  # all but a few are read
+    load_examples({paths["a"]: 1, paths["b"]: 4}, letters(), samples=20)  # it ends where it was told to
     assert not caplog.messages
     load_examples(paths["a"], letters(), samples=11)
     assert caplog.messages == ["a.jsonl has only 10 examples: 10 are taken of the 11 asked for"]

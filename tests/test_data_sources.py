@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fxprune.data import Source, parse_sources, rows, texts
-from fxprune.data.sources import json_lines, text_lines
+from fxprune.data.sources import by_name, json_lines, text_lines
 from fxprune.errors import UsageError
 
 
@@ -72,7 +72,7 @@ def test_what_is_no_source(given: Any, text: str) -> None:
 def test_fields_of_a_source_are_checked() -> None:
     assert error(Source, " ") == "a source of text needs a name: a file, or a dataset as name, name:split or name:config:split"
     assert error(Source, "a", template="alpacca") == (
-        "unknown template 'alpacca' of 'a'; did you mean 'alpaca'? Choose from: alpaca, auto, chat, text"
+        "unknown template 'alpacca' of 'a'; did you mean 'alpaca'? Choose from: alpaca, auto, chat, prompt, text"
     )
     assert error(Source, "a", column="x", template="alpaca") == (
         "the template alpaca reads the columns instruction, input and output: leave out [x] of 'a'"
@@ -172,6 +172,27 @@ def test_missing_files_are_told_at_once() -> None:
         assert str(raised.value) == f"there is no file '{name}'"
 
 
+def test_half_letters_and_byte_order_marks(tmp_path: Path) -> None:
+    """A cut emoji, which no tokenizer takes, and the mark that Windows writes in front of a text."""
+    for name, content in (
+        ("a.jsonl", '{"text": "w1 \\ud83d w2"}\n{"text": "\\ud83d\\ude00"}'),
+        ("a.json", '["w1 \\uD83D w2", "\\ud83d\\ude00"]'),
+    ):
+        (tmp_path / name).write_text(content)
+        assert [row["text"] for row in rows(Source(str(tmp_path / name)))] == ["w1 \ufffd w2", "\U0001f600"]
+    for name, content in (("b.txt", "w1 w2"), ("b.jsonl", '{"text": "w1 w2"}')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert [row["text"] for row in rows(Source(str(tmp_path / name)))] == ["w1 w2"]
+
+
+def test_one_file_spelt_in_two_ways(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "w1"}')
+    with pytest.raises(UsageError, match=r"'a\.jsonl' is given twice"):
+        parse_sources([f"{tmp_path}/a.jsonl", f"{tmp_path}/./a.jsonl"])
+    (source,) = parse_sources({tmp_path / "a.jsonl": 2.0})  # paths are names, too
+    assert (source.weight, list(by_name([source]))) == (2.0, ["a.jsonl"])
+
+
 @pytest.mark.parametrize(
     ("column", "text"),
     [
@@ -180,8 +201,9 @@ def test_missing_files_are_told_at_once() -> None:
         (
             None,
             (
-                "'a.jsonl' has no column of text; it has id, body, wanted one of text, content, document, instruction; "
-                "name another as a.jsonl[column]"
+                "'a.jsonl' has no column of text; it has id, body, wanted text, content or document; "
+                "instruction and output; prompt and completion; or turns in messages or conversations; rename them, or name one as "
+                "a.jsonl[column]"
             ),
         ),
     ],

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fxprune.data import Example, Source, render
+from fxprune.data import Example, Source, render, whole_text
 from fxprune.data.templates import contents
 from fxprune.errors import UsageError
 
@@ -95,7 +95,10 @@ def test_an_answer_to_nothing_has_no_prompt() -> None:
 
 def test_text() -> None:
     assert render({"id": 1, "content": "words"}, Source("set")) == Example("", "words")
-    assert render({"instruction": "only"}, Source("set")) == Example("", "only")
+    with pytest.raises(UsageError, match="'set' has no column of text; it has instruction, response, wanted text, "):
+        render({"instruction": "asked", "response": "answered"}, Source("set"))  # Dolly's: half of it would be lost
+    with pytest.raises(UsageError, match="the column 'text' of 'set' holds a int, not text"):
+        render({"text": 3}, Source("set"))
     row = {"instruction": "a", "output": "b", "text": "c"}
     assert render(row, Source("set", template="text")) == Example("", "c")
     assert render(row, Source("set", column="output")) == Example("", "b")
@@ -141,8 +144,50 @@ def test_rows_of_another_kind(row: dict[str, Any], fields: dict[str, Any], text:
     assert error(row, tokenizer=chatty(), **fields) == text
 
 
+def test_pairs_of_prompt_and_completion() -> None:
+    row = {"prompt": "The sky is", "completion": " blue.", "source": "TRL"}
+    assert render(row, Source("set")) == render(row, Source("set", template="prompt")) == Example("The sky is", " blue.")
+    assert (contents(row, Source("set")), whole_text(row, Source("set"))) == ("The sky is\n blue.", "The sky is blue.")
+    assert render(row, Source("set", column="prompt")) == Example("", "The sky is")
+    assert error({"prompt": "a"}, template="prompt") == (
+        "'set' has no column 'completion', which the template prompt reads; did you mean 'prompt'? Choose from: prompt"
+    )
+    turns = CHATS[0]["messages"]
+    row = {"prompt": turns[:-1], "completion": turns[-1:]}
+    assert render(row, Source("set"), chatty()) == render(CHATS[0], Source("set"), chatty())
+    assert contents(row, Source("set")) == contents(CHATS[0], Source("set"))
+
+
+def test_rows_as_running_text() -> None:
+    """What calibration and evaluation read of a row is what recovery reads, with the prompt."""
+    row = {"instruction": "Say it.", "output": "It."}
+    example = render(row, Source("set"))
+    assert whole_text(row, Source("set")) == example.prompt + "It."
+    chat = render(CHATS[0], Source("set"), chatty())
+    assert whole_text(CHATS[0], Source("set"), chatty()) == chat.prompt + chat.completion
+    assert (
+        whole_text(CHATS[0], Source("set"), chatty(None))
+        == whole_text(CHATS[0], Source("set"))
+        == contents(CHATS[0], Source("set"))
+    )
+
+
+def test_turns_that_call_tools_go_to_the_template_whole() -> None:
+    call = {"function": {"name": "clock", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": "When?"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "from": None, "value": None},
+    ]
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.name }}(){% endfor %}"
+    template = f"{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ m.content }}}}{calls}{{% endfor %}}"
+    assert render({"messages": turns}, Source("set"), chatty(template)) == Example("<user>When?", "<assistant>clock()")
+    both = [{"role": None, "content": None, "from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    assert contents({"conversations": both}, Source("set")) == "Hi\nHo"
+
+
 def test_a_chat_needs_a_chat_template() -> None:
-    advice = "take an instruction-tuned model's, set tokenizer.chat_template, or name a column of text"
+    file = "(tokenizer.chat_template, or the file chat_template.jinja beside the model)"
+    advice = f"take an instruction-tuned model's, give it one {file}, or name a column of text"
     assert error(CHATS[0], tokenizer=chatty(None)) == (
         f"'set' holds conversations, and the tokenizer has no chat template: {advice}"
     )

@@ -172,11 +172,11 @@ def test_latency_reads_once_and_decodes_with_the_cache() -> None:
     model = Counted()
     measure_latency(model, prompt=9, new_tokens=2, repeats=2)
     one = [(1, 9), (1, 1), (1, 1)]
-    assert [shape for shape, _ in model.calls] == one * 3  # and a warm-up
-    assert [cache for _, cache in model.calls] == [None, 1, 2, None, 4, 5, None, 7, 8]
+    assert [shape for shape, _ in model.calls] == [(1, 1), *one * 3]  # a trial, and a warm-up
+    assert [cache for _, cache in model.calls] == [None, None, 2, 3, None, 5, 6, None, 8, 9]
     model = Counted()
     assert measure_latency(model, prompt=9, new_tokens=1, repeats=1, batch=4).batch == 4
-    assert [shape for shape, _ in model.calls] == [(4, 9), (4, 1)] * 2
+    assert [shape for shape, _ in model.calls] == [(1, 1), *[(4, 9), (4, 1)] * 2]
 
 
 def test_what_latency_refuses(model: nn.Module) -> None:
@@ -185,6 +185,15 @@ def test_what_latency_refuses(model: nn.Module) -> None:
             measure_latency(model, **{name: 0})
     with pytest.raises(UsageError, match="the model reads at most 64 tokens, fewer than a prompt of 60 and 16 new ones"):
         measure_latency(model, prompt=60)
+    from transformers import MambaConfig, MambaForCausalLM
+
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(UsageError, match="latency is that of decoding with a KV cache, and MambaForCausalLM has none"):
+        measure_latency(mamba)
+
+
+def test_mpt_says_how_much_it_reads() -> None:
+    assert longest_input(build("mpt")) == 64
 
 
 # --- costs -----------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from fxprune.recovery.memory import Sizes, fitting, token_bytes
 from fxprune.recovery.objective import Objective
 from fxprune.recovery.settings import Recovery
 
-from .recovering import losses, pruned, trained
+from .recovering import losses, pruned, trained, write_text
 from .zoo import VOCABULARY, build, tokenizer, tokens
 
 
@@ -71,7 +71,10 @@ def test_data_that_cannot_be_used(text: Path, tmp_path: Path) -> None:
     (tmp_path / "held.jsonl").write_text(json.dumps({"text": " ".join(f"w{i}" for i in range(25))}))
     cases: list[tuple[dict[str, Any], str]] = [
         ({"data": str(tmp_path / "empty.jsonl")}, "'empty.jsonl' is empty: it has no rows"),
-        ({"data": str(tmp_path / "numbers.jsonl")}, "'numbers.jsonl' has no column of text; it has number, wanted one of text, "),
+        (
+            {"data": str(tmp_path / "numbers.jsonl")},
+            "'numbers.jsonl' has no column of text; it has number, wanted text, content or document; ",
+        ),
         ({"data": f"{text}[words]"}, "'text.jsonl' has no column 'words'; choose from: text"),
         ({"data": "nowhere.jsonl"}, "there is no file 'nowhere.jsonl'"),
         (
@@ -136,8 +139,83 @@ def test_a_loss_that_is_not_finite(text: Path, tmp_path: Path, monkeypatch: pyte
     )
     assert sorted(p.name for p in Path(state).iterdir()) == ["lock", "step-000000002", "step-000000004"]
     assert [p.name for p in tmp_path.iterdir()] == ["out.recovering"]
-    with pytest.raises(FxPruneError, match=r"the loss is nan at step 1: training diverged; lower lr \(it is 0.003\)$"):
+    with pytest.raises(FxPruneError, match=r"the loss is nan at step 1, before anything was trained: the model is damaged, or "):
         trained(pruned(), str(text), packing="off")
+
+
+def test_a_validation_loss_that_is_not_finite(text: Path) -> None:
+    model = build("llama")
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    with pytest.raises(FxPruneError, match="at step 1, before anything was trained: the model is damaged"):
+        trained(model, str(text), tokenizer=tokenizer())
+
+
+def test_tokens_that_the_model_does_not_know(text: Path, tmp_path: Path) -> None:
+    few = write_text(tmp_path / "few.jsonl")
+    few.write_text(few.read_text().replace("w9", "w1").replace("w8", "w1"))  # to train on, all tokens are known
+    (tmp_path / "more.jsonl").write_text('{"text": "w93 w93 w93"}')
+    model = build("llama", vocab_size=91)
+    said = r"the data has token \d+, and the model knows 91: the tokenizer belongs to another model"
+    for options in ({"data": str(text)}, {"data": str(few), "validation": str(tmp_path / "more.jsonl")}):
+        with pytest.raises(UsageError, match=said):
+            trained(model, tokenizer=tokenizer(), **options)
+    wide = build("gpt2", n_positions=1024, vocab_size=91)  # more positions than tokens
+    with pytest.raises(UsageError, match=said):
+        trained(wide, str(text), tokenizer=tokenizer())
+
+
+@pytest.mark.parametrize("packing", ["auto", "off"])
+def test_a_pad_token_that_the_model_does_not_know(packing: str, text: Path) -> None:
+    """Padding is masked and not learned, so that any token will do."""
+    other = tokenizer()
+    other.add_special_tokens({"pad_token": "[PAD]"})
+    assert other.pad_token_id >= VOCABULARY
+    how = {"packing": packing, "max_steps": 2}
+    assert losses(trained(build("llama"), str(text), tokenizer=other, **how)) == losses(
+        trained(build("llama"), str(text), tokenizer=tokenizer(), **how)
+    )
+
+
+def test_more_positions_than_tokens(text: Path) -> None:
+    assert trained(build("gpt2", n_positions=1024), str(text), tokenizer=tokenizer(), max_steps=1).report.steps == 1
+
+
+def test_what_peft_refuses(text: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(UsageError, match=r"peft refuses an adapter in this MambaForCausalLM \(.*out_proj.*\): name other targets"):
+        trained(model, str(text), tokenizer=tokenizer(), max_steps=1)
+    assert trained(model, str(text), tokenizer=tokenizer(), max_steps=1, targets="in_proj").report.steps == 1
+
+
+def test_settings_of_text_beside_ready_examples(text: Path) -> None:
+    examples = load_examples(str(text), tokenizer(), cutoff=24)
+    result = trained(build("llama"), examples, tokenizer=tokenizer(), samples=20, max_steps=1)
+    assert "(18 examples)" in result.report.data["training"]["sources"], "two are held out"
+    with pytest.raises(UsageError, match="completion_only is settled when text is read, and these examples have no prompts"):
+        trained(build("llama"), examples, tokenizer=tokenizer(), completion_only=True)
+
+
+def test_the_same_file_to_train_and_to_measure_on(tmp_path: Path) -> None:
+    """Rows of a few words have no sequences of 13 that could be compared."""
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "w1 w2 w3"}\n' * 20)
+    with pytest.raises(UsageError, match=r"the validation text 'short\.jsonl' is the training text"):
+        trained(build("llama"), str(short), tokenizer=tokenizer(), validation=str(short))
+
+
+def test_sources_with_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    one = write_text(tmp_path / "x" / "train.jsonl")
+    other = write_text(tmp_path / "y" / "train.jsonl", seed=1)
+    (tmp_path / "held.jsonl").write_text(one.read_text())
+    data = f"{one},{other}"
+    with pytest.raises(UsageError, match=r"the evaluation text 'held.jsonl' overlaps with the training text '.*x/train.jsonl'"):
+        trained(build("llama"), data, tokenizer=tokenizer(), validation=str(tmp_path / "held.jsonl"))
+    assert len(trained(build("llama"), data, tokenizer=tokenizer(), max_steps=1).report.data["sketches"]) == 2
 
 
 def test_a_gradient_that_is_not_finite(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

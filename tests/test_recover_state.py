@@ -69,7 +69,13 @@ def test_a_damaged_state_falls_back_to_the_one_before(damage: str, tmp_path: Pat
     found = state.read()
     assert found is not None
     assert found[0].step == 1
-    harm(state.path / "step-000000001", damage)
+    state.write(position(2), {"a": torch.full((50,), 2.0)})  # the run comes to that step again
+    again = state.read()
+    assert again is not None
+    assert again[0].step == 2
+    assert torch.equal(again[1]["a"], torch.full((50,), 2.0))
+    for step in (1, 2):
+        harm(state.path / f"step-{step:09d}", damage)
     with pytest.raises(CheckpointError, match=r"out.recovering' is damaged \(.*\); start over with --restart \(restart=True\)"):
         state.read()
     state.close()

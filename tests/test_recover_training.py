@@ -116,6 +116,27 @@ def test_packed_rows_give_the_loss_of_their_examples(text: Path) -> None:
     assert result.report.tokens == examples.tokens
 
 
+def test_a_model_that_counts_its_positions_otherwise(text: Path) -> None:
+    """RoBERTa's begin behind the padding's: what recovery measures is what the model says of each example alone."""
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    model = RobertaForCausalLM(RobertaConfig(vocab_size=VOCABULARY, is_decoder=True, max_position_embeddings=40, **sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)  # so that positions matter
+    held = load_examples(str(write_text(text.parent / "held.jsonl", rows=20, seed=3)), tokenizer(), cutoff=24)
+    result = trained(model, str(text), tokenizer=tokenizer(), validation=held, packing="off", max_steps=1, cutoff=24)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for i in range(len(held)):
+            ids, labels = held[i]
+            total += float(functional.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], labels[1:], reduction="sum"))
+            count += len(labels) - 1
+    assert result.report.validation[0]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
 @pytest.mark.parametrize(("warmup", "noted"), [(3, False), (4, True), (100, True), (0.9, False)])
 def test_a_warm_up_that_never_ends_is_told(warmup: float, noted: bool, text: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = trained(pruned(), str(text), warmup=warmup, max_steps=4, lr=1e-3)

@@ -8,7 +8,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,6 +54,26 @@ def new_directory(target: str | os.PathLike[str], *, overwrite: bool = False) ->
         shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
         _remove_empty(made)
+
+
+def check_apart(output: str | os.PathLike[str], **read: Iterable[str | os.PathLike[str] | None]) -> None:
+    """Refuse to replace what a run reads.
+
+    Args:
+        output: The directory that would be replaced.
+        **read: For each argument the files and directories that it names; None is none.
+
+    Raises:
+        UsageError: One of them is in the output.
+    """
+    place = Path(os.path.realpath(output))
+    for argument, given in read.items():
+        for name in given if place.is_dir() else ():
+            found = None if name is None else Path(os.path.realpath(name))
+            if found is not None and found.exists() and place in (found, *found.parents):
+                raise UsageError(
+                    f"'{name}' ({argument}=) is in the output directory '{output}', which would be replaced: choose another output"
+                )
 
 
 def _beside(target: Path, suffix: str) -> tuple[Path, int]:

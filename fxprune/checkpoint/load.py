@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import CheckpointError, UsageError
+from ..wording import listed
 from .per_layer import MODELING
 from .surgery import apply_surgery
 
@@ -55,7 +57,8 @@ def load(
             import transformers
 
             cls = getattr(transformers, (config.get("architectures") or [""])[0], transformers.AutoModelForCausalLM)
-            return cls.from_pretrained(path, dtype=dtype, **options).eval()  # type: ignore[no-any-return]
+            loaded: Any = cls.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+            return _whole(path, *loaded)
         name = f"{MODELING}_{path.resolve().as_posix().encode().hex()[-16:]}"
         spec = importlib.util.spec_from_file_location(name, path / f"{MODELING}.py")
         assert spec is not None
@@ -63,9 +66,18 @@ def load(
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         cls = getattr(module, next(iter(config["auto_map"].values())).rpartition(".")[2])
-        return cls.from_pretrained(path, dtype=dtype, **options).eval()  # type: ignore[no-any-return]
+        return _whole(path, *cls.from_pretrained(path, dtype=dtype, output_loading_info=True, **options))
+    except CheckpointError:
+        raise
     except DAMAGE as error:
         raise CheckpointError(f"cannot load the checkpoint '{path}': {error}") from error
+
+
+def _whole(path: Path, model: nn.Module, found: Mapping[str, Any]) -> nn.Module:
+    """The model in evaluation mode, unless transformers made some of its weights up."""
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(f"cannot load the checkpoint '{path}': it does not hold {listed(missing, 3)}")
+    return model.eval()
 
 
 def _load_module(path: Path, model: nn.Module | None) -> nn.Module:

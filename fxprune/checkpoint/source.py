@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import CheckpointError, UsageError, nearest
+from ..wording import listed
 
 log = logging.getLogger("fxprune")
 
@@ -31,7 +33,7 @@ def load_source(source: str | os.PathLike[str], *, dtype: str | torch.dtype = "a
         (model in evaluation mode, tokenizer or None if there is none).
 
     Raises:
-        UsageError: Nothing of that name can be loaded; says what was looked for.
+        UsageError: Nothing of that name can be loaded, which says what was looked for; or some of its weights are not there.
         CheckpointError: There is a checkpoint, and it is damaged.
     """
     name = os.fspath(source)
@@ -55,14 +57,16 @@ def load_source(source: str | os.PathLike[str], *, dtype: str | torch.dtype = "a
     if path.is_dir() and is_per_layer(path):
         from .load import load
 
-        return load(path), _tokenizer(name)
+        return load(path, dtype=kind), _tokenizer(name)
+    found: Mapping[str, Any] = {}
     try:
         if meta:
             config = AutoConfig.from_pretrained(name)
             with torch.device("meta"):
                 model: nn.Module = AutoModelForCausalLM.from_config(config)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=kind)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind, output_loading_info=True)
+            model, found = loaded
     except ImportError as error:  # what a quantised checkpoint needs to be read
         raise UsageError(
             f"cannot load '{name}': {str(error).strip().splitlines()[0]}; quantised weights cannot be pruned: name the "
@@ -72,7 +76,22 @@ def load_source(source: str | os.PathLike[str], *, dtype: str | torch.dtype = "a
         looked = "" if path.is_dir() else " (there is no such directory, and as a hub id it cannot be found)"
         kind_of = CheckpointError if isinstance(error, SafetensorError | RuntimeError) else UsageError
         raise kind_of(f"cannot load a causal language model from '{name}'{looked}: {str(error).strip().splitlines()[0]}") from error
-    return model.eval(), _tokenizer(name)
+    return (model if meta else _whole(name, model, found)).eval(), _tokenizer(name)
+
+
+def _whole(name: str, model: nn.Module, found: Mapping[str, Any]) -> nn.Module:
+    """Refuse a model of which transformers made some weights up; say what it left out."""
+    config: Any = model.config
+    kind, saved = type(model).__name__, config.architectures or []
+    if missing := sorted(found["missing_keys"]):
+        other = f"; its config names {', '.join(saved)}" if saved and kind not in saved else ""
+        raise UsageError(
+            f"'{name}' is no whole {kind}: it does not hold {listed(missing, 3)}, which would be random{other}. Name a checkpoint "
+            "of a causal language model; other models are pruned in Python, fxprune.prune(model, inputs=...)"
+        )
+    if more := sorted(found["unexpected_keys"]):
+        log.warning("'%s' holds %s, which a %s does not have: left out", name, listed(more, 3), kind)
+    return model
 
 
 def is_per_layer(directory: Path) -> bool:
@@ -113,9 +132,12 @@ def _gguf(path: Path, dtype: Any) -> tuple[nn.Module, Any]:
 
     options = {"gguf_file": path.name}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32 if dtype == "auto" else dtype, **options)
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=torch.float32 if dtype == "auto" else dtype, output_loading_info=True, **options
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"cannot read '{path}': {str(error).strip().splitlines()[0]}") from error
+    loaded: Any = _whole(str(path), *found)
     config = loaded.config
     config.__dict__.pop("quantization_config", None)
     config.dtype = next(loaded.parameters()).dtype

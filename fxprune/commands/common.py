@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,23 +89,6 @@ def load_model(arguments: argparse.Namespace, *, meta: bool = False) -> tuple[nn
         raise UsageError(f"cannot use device '{arguments.device}': {str(error).splitlines()[0]}") from error
 
 
-def check_apart(output: str, **inputs: str | None) -> None:
-    """Raise `UsageError` for what is read and lies in the output: that would be replaced by what is written.
-
-    Args:
-        output: The directory.
-        **inputs: For each option what was given for it; of mixtures, every text.
-    """
-    place = Path(os.path.realpath(output))
-    for option, given in inputs.items():
-        for name in re.split(r"[,=]", given or "") if place.is_dir() else ():
-            found = Path(os.path.realpath(name))
-            if name and found.exists() and place in (found, *found.parents):
-                raise UsageError(
-                    f"'{name}' ({option}) is in the output directory '{output}', which would be replaced: choose another output"
-                )
-
-
 def check_device(device: str) -> None:
     """Try a device out before a model is loaded."""
     if device.partition(":")[0] == "meta":
@@ -168,15 +149,21 @@ def show_result(result: PruneResult) -> None:
 
 def goes_on(state: str) -> None:
     """Say that a run finds the state of an earlier one, if it does."""
-    if Path(state).is_dir():
+    if _holds(state):
         said = f"note        '{state}' holds a state: the same command goes on from it (--restart begins anew)"
         console.print(said, markup=False)
 
 
 def interrupted(state: str) -> int:
-    """Say that the same command goes on from a state that was left on disk; returns the exit status."""
-    console.print(f"fxprune: interrupted; the same command goes on from the state in '{state}'", markup=False)
+    """Say whether the same command goes on from a state that was left on disk; returns the exit status."""
+    said = f"the same command goes on from the state in '{state}'" if _holds(state) else "there was no state to keep yet"
+    console.print(f"fxprune: interrupted; {said}", markup=False)
     return 130
+
+
+def _holds(state: str) -> bool:
+    """Whether a directory has more in it than its lock, or what was being written."""
+    return Path(state).is_dir() and any(entry.name not in ("lock", ".part") for entry in Path(state).iterdir())
 
 
 def dump(data: Any) -> None:

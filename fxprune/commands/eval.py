@@ -53,12 +53,20 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `evaluate`, all that can be checked without the model checked."""
     texts = dict(arguments.texts or {})
     if arguments.text:
-        texts[Path(arguments.text).name] = arguments.text
+        name = Path(arguments.text).name
+        if name in texts:
+            raise UsageError(f"'{name}' is the name of the text in --texts and of that in --text: give one of them another")
+        texts[name] = arguments.text
     tasks = check_tasks(TASKS if arguments.tasks == ["all"] else arguments.tasks or ())
     if arguments.data and not tasks:
         raise UsageError("--data names a directory of task files: say --tasks all, or which; perplexity is measured on --text FILE")
     if not (texts or tasks or arguments.latency):
         raise UsageError("say what to measure: one or more of --text FILE, --texts NAME=FILE, --tasks all (or which) and --latency")
+    if arguments.limit is not None and not tasks:
+        raise UsageError("--limit is of rows of tasks: say --tasks all, or which")
+    for option in ("length", "stride", "max_windows"):
+        if getattr(arguments, option) is not None and not texts:
+            raise UsageError(f"--{option.replace('_', '-')} is of a perplexity: name a text with --text FILE or --texts NAME=FILE")
     numbers = {"limit": arguments.limit, "batch_size": arguments.batch_size, "max_windows": arguments.max_windows}
     check_numbers(**numbers)
     read_material(texts, tasks, protocol=arguments.protocol, data=arguments.data, limit=arguments.limit)

@@ -17,8 +17,9 @@ from ..api import example_inputs
 from ..api import prune as prune_model
 from ..calibration import longest_input, read_texts
 from ..capture import trace
-from ..checkpoint.directory import check_target
+from ..checkpoint.directory import check_apart, check_target
 from ..cost import costs
+from ..data import parse_sources
 from ..errors import UsageError
 from ..knowledge import Knowledge
 from ..passes.dependency import groups_of
@@ -28,7 +29,7 @@ from ..passes.selection import Selection, select
 from ..plan import PrunePlan
 from ..planning import Planning, settle
 from ..table import wide_console
-from .common import check_apart, check_share, console, describe_widths, dump, load_model, progress, show_result
+from .common import check_share, console, describe_widths, dump, load_model, progress, show_result
 
 HOW = tuple(field.name for field in fields(Planning) if field.name != "seed")
 WHAT = tuple(field.name for field in fields(Selection) if field.name != "ratio")
@@ -85,7 +86,9 @@ def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection
         if not arguments.output:
             raise UsageError("name an output directory with -o (or add --dry-run)")
         check_target(arguments.output, overwrite=arguments.overwrite)
-        check_apart(arguments.output, **{"--calibration": arguments.calibration, "--knowledge": arguments.knowledge})
+        text = [source.file for source in parse_sources(arguments.calibration)] if arguments.calibration else []
+        files = {name: [getattr(arguments, name)] for name in ("knowledge", "plan", "recipe")}
+        check_apart(arguments.output, calibration=text, **files)
         if Path(arguments.output).exists() and Path(arguments.model).exists() and samefile(arguments.output, arguments.model):
             raise UsageError(f"the output '{arguments.output}' is the model itself; choose another directory")
     if arguments.plan:

@@ -21,7 +21,7 @@ from ..recovery.run import recover
 from ..recovery.settings import settings_of
 from ..recovery.state import SUFFIX
 from ..wording import counted
-from .common import check_apart, check_device, console, goes_on, interrupted, progress, quiet_libraries
+from .common import check_device, console, goes_on, interrupted, progress, quiet_libraries
 
 FLAGS = (
     "samples",
@@ -47,14 +47,14 @@ def run(arguments: argparse.Namespace) -> int:
     curriculum = _curriculum(arguments)
     if arguments.plot is not None:
         check_plot(arguments.plot)
-    check_apart(arguments.output, **{f"--{name}": getattr(arguments, name) for name in ("teacher", "data", "validation")})
+    state = f"{arguments.output.rstrip('/')}{SUFFIX}"
     quiet_libraries()
     check_device(arguments.device)
     main = int(os.environ.get("RANK", "0")) == 0
     if main and Path(arguments.model).is_dir() and not (Path(arguments.model) / PLAN_FILE).is_file():
         console.print(f"note        '{arguments.model}' holds no plan of fxprune: it is trained as it is", markup=False)
     if main and not arguments.restart:
-        goes_on(f"{arguments.output}{SUFFIX}")
+        goes_on(state)
     try:
         with progress() if main else nullcontext(None) as advance:
             result = recover(
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
                 **overrides,
             )
     except KeyboardInterrupt:
-        return interrupted(f"{arguments.output}{SUFFIX}")
+        return interrupted(state)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

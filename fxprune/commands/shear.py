@@ -15,7 +15,7 @@ from ..lorashear.settings import settle
 from ..lorashear.work import SUFFIX
 from ..plotting import check_plot
 from ..recovery.plot import plot_curriculum
-from .common import check_apart, check_device, console, goes_on, interrupted, progress, quiet_libraries
+from .common import check_device, console, goes_on, interrupted, progress, quiet_libraries
 from .recover import overrides_of, show_curriculum
 
 FLAGS = (
@@ -36,15 +36,14 @@ def run(arguments: argparse.Namespace) -> int:
         check_plot(arguments.plot)
         if settings.shear_share == 1:
             raise UsageError("--plot draws the recovery, and shear_share is 1: there is none")
-    texts = ",".join([arguments.data, *(arguments.then or ())])
-    check_apart(arguments.output, **{"--data": texts, "--knowledge": arguments.knowledge})
+    state = f"{arguments.output.rstrip('/')}{SUFFIX}"
     quiet_libraries()
     check_device(arguments.device)
     own = {name: value for name, value in settings.to_json().items() if name in given}
     changes = f", with {_said(own)}" if own else ""
     console.print(f"recipe      {arguments.recipe or 'default'}{changes}", markup=False, highlight=False)
     if not arguments.restart:
-        goes_on(f"{arguments.output}{SUFFIX}")
+        goes_on(state)
     try:
         with progress() as advance:
             result = shear(
@@ -65,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
                 **given,
             )
     except KeyboardInterrupt:
-        return interrupted(f"{arguments.output}{SUFFIX}")
+        return interrupted(state)
     _show(result.report)
     if arguments.plot is not None and result.report.recovery is not None:
         plot_curriculum(result.report.recovery["curriculum"], arguments.plot)

@@ -4,8 +4,8 @@ from .batches import Batches
 from .examples import Examples, join, load_examples
 from .overlap import Sketch, check_overlap
 from .packing import packs_apart
-from .sources import Source, Sources, parse_sources, rows, texts
-from .templates import Example, documents, render
+from .sources import Source, Sources, by_name, parse_sources, rows
+from .templates import Example, documents, render, texts, whole_text
 
 __all__ = [
     "Batches",
@@ -14,6 +14,7 @@ __all__ = [
     "Sketch",
     "Source",
     "Sources",
+    "by_name",
     "check_overlap",
     "documents",
     "join",
@@ -23,4 +24,5 @@ __all__ = [
     "render",
     "rows",
     "texts",
+    "whole_text",
 ]

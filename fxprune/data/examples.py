@@ -183,6 +183,8 @@ def load_examples(
         piece = next(streams[due], None)
         if piece is None:
             _exhausted(readers[due], taken[due], len(lengths), samples)
+            if samples is None:
+                _unread(readers[due], [(r, n, s) for r, n, s in zip(readers, taken, streams, strict=True) if r is not readers[due]])
             break
         ids.extend(piece[0])
         lengths.append(len(piece[0]))
@@ -217,6 +219,22 @@ def _exhausted(reader: _Reader, taken: int, got: int, samples: int | None) -> No
         raise UsageError(f"'{label}' has nothing to learn from: {reader.account()}")
     if samples is not None:
         log.warning("%s has only %d examples: %d are taken of the %d asked for", label, taken, got, samples)
+
+
+def _unread(ended: _Reader, others: list[tuple[_Reader, int, Iterator[_Piece]]]) -> None:
+    """Say that a mixture ended with one of its sources, and more than a little of the others was not read."""
+    left = [
+        f"'{reader.source.label}'"
+        for reader, taken, stream in others
+        if len(list(islice(stream, taken // 10 + 2))) > taken // 10 + 1
+    ]
+    if left:
+        log.warning(
+            "'%s' has no more examples, and the mixture ends with it: the rest of %s is not read; to read more, give the sources "
+            "weights by their sizes",
+            ended.source.label,
+            " and ".join(left),
+        )
 
 
 class _Reader:

@@ -25,7 +25,7 @@ def packs_apart(model: nn.Module, *, vocabulary: int, **options: Any) -> bool:
 
     Args:
         model: Called with ``input_ids`` and ``position_ids``, int64 ``[1, 24]``, and ``options``; gives ``logits``, or a tuple that
-            starts with them. It runs twice, in evaluation mode, without gradients, and is left as it was.
+            starts with them. It runs three times, in evaluation mode, without gradients, and is left as it was.
         vocabulary: Token ids are drawn below it.
         **options: ``use_cache=False`` for a transformers model.
 
@@ -38,11 +38,17 @@ def packs_apart(model: nn.Module, *, vocabulary: int, **options: Any) -> bool:
     positions = torch.cat([torch.arange(n) for n in _LENGTHS])[None].to(device)
     try:
         with evaluating(model), torch.no_grad():
-            one, two = (
-                logits_of(model(input_ids=torch.cat([before, second])[None].to(device), position_ids=positions, **options))
-                for before in (first, other)
+            alone, one, two = (
+                logits_of(
+                    model(
+                        input_ids=torch.cat([before, second])[None].to(device),
+                        position_ids=positions[:, _LENGTHS[0] - len(before) :],
+                        **options,
+                    )
+                )
+                for before in (first[:0], first, other)
             )
     except (TypeError, ValueError):  # what modules and traced graphs raise for an argument that they do not know
         return False
-    one, two = (logits[0, _LENGTHS[0] :].float() for logits in (one, two))
-    return float((one - two).abs().max()) < _SEEN * float(one.std())
+    alone, one, two = (logits[0, -_LENGTHS[1] :].float() for logits in (alone, one, two))
+    return max(float((packed - alone).abs().max()) for packed in (one, two)) < _SEEN * float(alone.std())

@@ -18,14 +18,19 @@ from typing import Any, TextIO, TypeAlias, cast
 
 from ..errors import UsageError, nearest
 
-TEXT_COLUMNS = ("text", "content", "document", "instruction")
+TEXT_COLUMNS = ("text", "content", "document")
 """Columns that are read as text when none is named, in this order."""
 
-TEMPLATES = ("auto", "text", "alpaca", "chat")
+WANTED = "text, content or document; instruction and output; prompt and completion; or turns in messages or conversations"
+"""What a row should have."""
+
+TEMPLATES = ("auto", "text", "alpaca", "prompt", "chat")
 
 FILE_KINDS = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 
 Sources: TypeAlias = "str | os.PathLike[str] | Source | Iterable[str | os.PathLike[str] | Source] | Mapping[str, float]"
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 _PART = re.compile(r"(?P<name>[^\[\]=]+)(?:\[(?P<column>[^\[\]]*)\])?(?:=(?P<weight>.*))?", re.DOTALL)
 
@@ -39,10 +44,10 @@ class Source:
             name as ``name``, ``name:split`` or ``name:config:split``; the split is ``train`` by default.
         weight: Share of a mixture, relative to the other sources' weights.
         column: The column of text (of messages, for a chat); found by its name if None.
-        template: How a row becomes text: ``auto`` (by its columns), ``text``, ``alpaca`` or ``chat``; see `render`.
+        template: How a row becomes text: ``auto`` (by its columns), ``text``, ``alpaca``, ``prompt`` or ``chat``; see `render`.
 
     Raises:
-        UsageError: An empty name, an impossible weight, an unknown template, or a column beside the template ``alpaca``.
+        UsageError: An empty name, an impossible weight, an unknown template, or a column beside a template that reads several.
     """
 
     name: str
@@ -59,10 +64,9 @@ class Source:
             raise UsageError(f"the weight of '{self.name}' must be a positive number, got {self.weight}")
         if self.template not in TEMPLATES:
             raise UsageError(f"unknown template '{self.template}' of '{self.name}'; {nearest(self.template, TEMPLATES)}")
-        if self.template == "alpaca" and self.column is not None:
-            raise UsageError(
-                f"the template alpaca reads the columns instruction, input and output: leave out [{self.column}] of '{self.name}'"
-            )
+        reads = {"alpaca": "instruction, input and output", "prompt": "prompt and completion"}.get(self.template)
+        if reads is not None and self.column is not None:
+            raise UsageError(f"the template {self.template} reads the columns {reads}: leave out [{self.column}] of '{self.name}'")
 
     @property
     def label(self) -> str:
@@ -110,7 +114,7 @@ def parse_sources(given: Sources) -> tuple[Source, ...]:
     elif isinstance(given, str | os.PathLike):
         found = list(_parse(os.fspath(given)))
     elif isinstance(given, Mapping):
-        found = [replace(source, weight=weight) for name, weight in given.items() for source in _parse(name)]
+        found = [replace(source, weight=weight) for name, weight in given.items() for source in _parse(os.fspath(name))]
     else:
         found = []
         for item in given:
@@ -121,10 +125,22 @@ def parse_sources(given: Sources) -> tuple[Source, ...]:
         raise UsageError("no source of text is given: name a file, or a dataset as name, name:split or name:config:split")
     seen = set()
     for source in found:
-        if (source.name, source.column) in seen:
+        if (key := (os.path.realpath(source.name) if os.path.isfile(source.name) else source.name, source.column)) in seen:
             raise UsageError(f"'{source.label}' is given twice: give it once, with the weight of both")
-        seen.add((source.name, source.column))
+        seen.add(key)
     return tuple(found)
+
+
+def by_name(sources: Iterable[Source]) -> dict[str, Source]:
+    """Sources by the name that reports give them: the label, or the whole name where two labels are the same."""
+    chosen = list(sources)
+    labels = [s.label for s in chosen]
+    return {s.label if labels.count(s.label) == 1 else _whole(s): s for s in chosen}
+
+
+def _whole(source: Source) -> str:
+    column = "" if source.column is None else f"[{source.column}]"
+    return f"{source.name}{column}" if source.template == "auto" else f"{source.name}{column} ({source.template})"
 
 
 def _parse(text: str) -> Iterator[Source]:
@@ -193,7 +209,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.removesuffix("\n"))
+                value = _whole_letters(line, json.loads(line.removesuffix("\n")))
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
             yield number, value
@@ -201,12 +217,26 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _list(path: Path) -> Iterator[Any]:
     with _reading(path, ".json") as file:
-        items = json.loads(file.read())
+        written = file.read()
+        items = _whole_letters(written, json.loads(written))
         if not isinstance(items, list):
             raise UsageError(
                 f"'{path.name}' must hold a list of texts or of rows with a column of text, not a {type(items).__name__}"
             )
         yield from items
+
+
+def _whole_letters(written: str, value: Any) -> Any:
+    """JSON with half letters (an escaped surrogate without its other half, which no tokenizer takes) replaced by U+FFFD."""
+    return _replaced(value) if _HALF.search(written) else value
+
+
+def _replaced(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_replaced(item) for item in value]
+    return {_replaced(k): _replaced(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _table(kind: str, path: Path) -> Iterator[Mapping[str, Any]]:
@@ -227,7 +257,10 @@ _READERS: Mapping[str, Callable[[Path], Iterator[Any]]] = {
 
 @contextmanager
 def _reading(path: Path, kind: str) -> Iterator[TextIO]:
-    with _guarded(path, kind), cast(TextIO, (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8")) as file:
+    with (
+        _guarded(path, kind),
+        cast(TextIO, (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")) as file,
+    ):
         yield file
 
 
@@ -264,15 +297,6 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
 
 
-def texts(source: Source) -> Iterator[str]:
-    """The text of each row of a source: its column, or the first of `TEXT_COLUMNS` that a row has.
-
-    Raises:
-        UsageError: As `rows`; or there is no such column, or no text in it.
-    """
-    return (text_of(row, source) for row in rows(source))
-
-
 def text_of(row: Mapping[str, Any], source: Source) -> str:
     """The text in a row; an absent value (None) is an empty text.
 
@@ -291,9 +315,11 @@ def text_of(row: Mapping[str, Any], source: Source) -> str:
         if any(c in row and row[c] is None for c in TEXT_COLUMNS):
             return ""
         name = _plain(source)
+        for column in (c for c in TEXT_COLUMNS if c in row):
+            raise UsageError(f"the column '{column}' of '{name}' holds a {type(row[column]).__name__}, not text")
         raise UsageError(
-            f"'{name}' has no column of text; it has {', '.join(row) or 'none'}, wanted one of {', '.join(TEXT_COLUMNS)}; "
-            f"name another as {name}[column]"
+            f"'{name}' has no column of text; it has {', '.join(row) or 'none'}, wanted {WANTED}; rename them, or name one as "
+            f"{name}[column]"
         )
     return str(found)
 

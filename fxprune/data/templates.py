@@ -1,8 +1,8 @@
-"""A row of a data set as a prompt and a completion: plain text, Stanford Alpaca, or a tokenizer's own chat template."""
+"""A row of a data set as a prompt and a completion: plain text, Stanford Alpaca, TRL's pairs, or a tokenizer's chat template."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ ALPACA = (
 (``templates/alpaca.json``)."""
 
 CHAT_COLUMNS = ("messages", "conversations")
+PAIR = ("prompt", "completion")
+TOOLS = ("tool_calls", "tool_call_id", "name")
+"""What a turn may have beside its words; a chat template that knows of tools writes it."""
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 """Names of roles in ``from``/``value`` conversations (ShareGPT), as chat templates name them."""
 
@@ -42,10 +45,11 @@ class Example:
 def render(row: Mapping[str, Any], source: Source, tokenizer: Any = None) -> Example:
     """The prompt and the completion of a row.
 
-    ``alpaca``: columns ``instruction``, ``output`` and, if there is one, ``input``. ``chat``: a list of turns, as
-    ``role``/``content`` or ``from``/``value``, in the column ``messages`` or ``conversations``; the last turn of the assistant
-    is the completion, what follows it is dropped. ``text``: the source's column, see `text_of`. ``auto`` takes chat if there is
-    such a list, alpaca if there are an instruction and an output, or else text.
+    ``alpaca``: columns ``instruction``, ``output`` and, if there is one, ``input``. ``prompt``: columns ``prompt`` and
+    ``completion``, one after the other as they are (TRL's prompt-completion format). ``chat``: a list of turns, as
+    ``role``/``content`` or ``from``/``value``, in the column ``messages`` or ``conversations``, or in the two of ``prompt``; the
+    last turn of the assistant is the completion, what follows it is dropped. ``text``: the source's column, see `text_of`.
+    ``auto`` takes chat if there is such a list, alpaca or prompt if their columns are there, or else text.
 
     Args:
         row: One row of ``source``.
@@ -59,10 +63,38 @@ def render(row: Mapping[str, Any], source: Source, tokenizer: Any = None) -> Exa
     if template == "chat":
         return _chat(_turns(row, source), source, tokenizer)
     if template == "alpaca":
-        instruction, given, output = _alpaca(row, source)
+        instruction, given, output = _columns(row, source, ("instruction", "input", "output"))
         prompt = ALPACA_INPUT if given else ALPACA
         return Example(prompt.format(instruction=instruction, input=given), output)
+    if template == "prompt":
+        return Example(*_columns(row, source, PAIR))
     return Example("", text_of(row, source))
+
+
+def whole_text(row: Mapping[str, Any], source: Source, tokenizer: Any = None) -> str:
+    """A row as running text: its prompt and its completion, one after the other.
+
+    Args:
+        row: One row of ``source``.
+        source: Says the template and the column.
+        tokenizer: Of a conversation its chat template writes the turns; without one they stand line by line.
+
+    Raises:
+        UsageError: As `render`.
+    """
+    if _template(row, source) == "chat" and getattr(tokenizer, "chat_template", None) is None:
+        return contents(row, source)
+    example = render(row, source, tokenizer)
+    return example.prompt + example.completion
+
+
+def texts(source: Source, tokenizer: Any = None) -> Iterator[str]:
+    """`whole_text` of each row of a source.
+
+    Raises:
+        UsageError: As `rows` and `render`.
+    """
+    return (whole_text(row, source, tokenizer) for row in rows(source))
 
 
 def contents(row: Mapping[str, Any], source: Source) -> str:
@@ -70,7 +102,9 @@ def contents(row: Mapping[str, Any], source: Source) -> str:
     template = _template(row, source)
     if template == "chat":
         return "\n".join(turn["content"] for turn in _turns(row, source))
-    return "\n".join(_alpaca(row, source)) if template == "alpaca" else text_of(row, source)
+    if template == "text":
+        return text_of(row, source)
+    return "\n".join(_columns(row, source, PAIR if template == "prompt" else ("instruction", "input", "output")))
 
 
 def documents(source: Source) -> Iterator[str]:
@@ -84,23 +118,33 @@ def _template(row: Mapping[str, Any], source: Source) -> str:
     columns = CHAT_COLUMNS if source.column is None else (source.column,)
     if any(isinstance(row.get(c), list) for c in columns):
         return "chat"
-    return "alpaca" if source.column is None and "instruction" in row and "output" in row else "text"
+    if source.column is not None:
+        return "text"
+    if all(isinstance(row.get(c), list) for c in PAIR):
+        return "chat"
+    return "alpaca" if "instruction" in row and "output" in row else "prompt" if all(c in row for c in PAIR) else "text"
 
 
-def _alpaca(row: Mapping[str, Any], source: Source) -> tuple[str, str, str]:
+def _columns(row: Mapping[str, Any], source: Source, columns: Sequence[str]) -> tuple[str, ...]:
+    """The texts of the columns that a template reads; an absent value, and Alpaca's absent input, is an empty text."""
     values = []
-    for column in ("instruction", "input", "output"):
+    for column in columns:
         if column not in row and column != "input":
-            raise UsageError(f"'{source.label}' has no column '{column}', which the template alpaca reads; {nearest(column, row)}")
+            template = "prompt" if column in PAIR else "alpaca"
+            raise UsageError(
+                f"'{source.label}' has no column '{column}', which the template {template} reads; {nearest(column, row)}"
+            )
         value = row.get(column)
         if not isinstance(value, str | None):
             raise UsageError(f"the column '{column}' of '{source.label}' holds a {type(value).__name__}, not text")
         values.append(value or "")
-    return values[0], values[1], values[2]
+    return tuple(values)
 
 
-def _turns(row: Mapping[str, Any], source: Source) -> list[dict[str, str]]:
+def _turns(row: Mapping[str, Any], source: Source) -> list[dict[str, Any]]:
     column = source.column or next((c for c in CHAT_COLUMNS if c in row), None)
+    if column is None and all(isinstance(row.get(c), list) for c in PAIR):
+        return [_turn(turn, source) for c in PAIR for turn in row[c]]
     if column is None or column not in row:
         wanted = f"column '{column}'" if column else f"column of turns ({' or '.join(CHAT_COLUMNS)})"
         raise UsageError(f"'{source.label}' has no {wanted}; {nearest(column or CHAT_COLUMNS[0], row)}")
@@ -110,25 +154,28 @@ def _turns(row: Mapping[str, Any], source: Source) -> list[dict[str, str]]:
     return [_turn(turn, source) for turn in turns]
 
 
-def _turn(turn: Any, source: Source) -> dict[str, str]:
-    pair = None
+def _turn(turn: Any, source: Source) -> dict[str, Any]:
+    pair: tuple[str, str | None] | None = None
+    called: dict[str, Any] = {}
     if isinstance(turn, Mapping):
-        pair = next(((turn[r], turn[c]) for r, c in (("role", "content"), ("from", "value")) if r in turn and c in turn), None)
-    if pair is None or not all(isinstance(value, str) for value in pair):
+        pairs = [(turn.get(r), turn.get(c)) for r, c in (("role", "content"), ("from", "value"))]
+        called = {name: turn[name] for name in TOOLS if turn.get(name) is not None}
+        pair = next(((r, c) for r, c in pairs if isinstance(r, str) and (isinstance(c, str) or (c is None and called))), None)
+    if pair is None:
         has = ", ".join(turn) if isinstance(turn, Mapping) else type(turn).__name__
         raise UsageError(f"a turn of '{source.label}' needs texts role and content, or from and value; it has {has}")
-    return {"role": ROLES.get(pair[0], pair[0]), "content": pair[1]}
+    return {"role": ROLES.get(pair[0], pair[0]), "content": pair[1] or "", **called}
 
 
-def _chat(turns: list[dict[str, str]], source: Source, tokenizer: Any) -> Example:
+def _chat(turns: list[dict[str, Any]], source: Source, tokenizer: Any) -> Example:
     if getattr(tokenizer, "chat_template", None) is None:
         raise UsageError(
             f"'{source.label}' holds conversations, and {'there is no tokenizer' if tokenizer is None else 'the tokenizer has no'}"
-            f"{'' if tokenizer is None else ' chat template'}: take an instruction-tuned model's, set tokenizer.chat_template, "
-            "or name a column of text"
+            f"{'' if tokenizer is None else ' chat template'}: take an instruction-tuned model's, give it one "
+            "(tokenizer.chat_template, or the file chat_template.jinja beside the model), or name a column of text"
         )
     last = next((i for i in reversed(range(len(turns))) if turns[i]["role"] == "assistant"), None)
-    if last is None or not turns[last]["content"].strip():
+    if last is None or not (turns[last]["content"].strip() or turns[last].get("tool_calls")):
         return Example("", "")
     try:
         whole = tokenizer.apply_chat_template(turns[: last + 1], tokenize=False)

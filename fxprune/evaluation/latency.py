@@ -59,15 +59,10 @@ def measure_latency(
     for name, value in (("prompt", prompt), ("new_tokens", new_tokens), ("repeats", repeats), ("batch", batch)):
         if value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
-    longest = longest_input(model)
-    if longest is not None and prompt + new_tokens > longest:
-        raise UsageError(f"the model reads at most {longest} tokens, fewer than a prompt of {prompt} and {new_tokens} new ones")
-    vocabulary = vocabulary_of(model)
-    if vocabulary is None:
-        raise UsageError(f"latency is measured on token ids, and {type(model).__name__} has no vocabulary")
+    size = check_latency(model, prompt=prompt, new_tokens=new_tokens)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, vocabulary[0], (batch, prompt), generator=generator).to(device)
+    ids = torch.randint(0, size, (batch, prompt), generator=generator).to(device)
     prefill, decode = [], []
     with evaluating(model), torch.no_grad():
         for i in range(repeats + 1):
@@ -84,6 +79,35 @@ def measure_latency(
     return Latency(
         round(statistics.median(prefill) * 1e3, 2), round(statistics.median(decode) * 1e3, 2), prompt, new_tokens, repeats, batch
     )
+
+
+def check_latency(model: nn.Module, *, prompt: int, new_tokens: int) -> int:
+    """See that a model's latency can be measured: it runs on one token.
+
+    Args:
+        model: As for `measure_latency`.
+        prompt: As there.
+        new_tokens: As there.
+
+    Returns:
+        The size of its vocabulary.
+
+    Raises:
+        UsageError: It reads too few tokens, has no vocabulary, or no KV cache.
+    """
+    longest = longest_input(model)
+    if longest is not None and max(prompt, 1) + new_tokens > longest:
+        raise UsageError(
+            f"the model reads at most {longest} tokens, fewer than a prompt of {max(prompt, 1)} and {new_tokens} new ones"
+        )
+    vocabulary = vocabulary_of(model)
+    if vocabulary is None:
+        raise UsageError(f"latency is measured on token ids, and {type(model).__name__} has no vocabulary")
+    with evaluating(model), torch.no_grad():
+        output = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device), use_cache=True)
+    if getattr(output, "past_key_values", None) is None:
+        raise UsageError(f"latency is that of decoding with a KV cache, and {type(model).__name__} has none: leave latency out")
+    return vocabulary[0]
 
 
 def _now(device: torch.device) -> float:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..api import versions
-from ..calibration import longest_input, vocabulary_of, warn_of_unknown
+from ..calibration import check_known, longest_input, vocabulary_of, warn_of_unknown
+from ..data import parse_sources
 from ..errors import UsageError
 from ..passes.batches import Progress
 from .contamination import find_overlaps
-from .latency import measure_latency
+from .latency import check_latency, measure_latency
 from .perplexity import perplexity, window_starts
 from .result import Evaluation
 from .size import measure_cost
 from .tasks import TASKS, Row, Scores, check_numbers, check_tasks, read_tasks, score_tasks
 from .text import PROTOCOLS, text_rows, token_stream
+
+NEW = 16
+"""Tokens that are decoded to measure latency."""
 
 
 def evaluate(
@@ -88,13 +91,17 @@ def evaluate(
         raise UsageError("a perplexity needs a window length: lengths is empty")
     if vocabulary_of(model) is None:
         raise UsageError(f"an evaluation runs on token ids, and {type(model).__name__} has no vocabulary")
-    rows, files = read_material(texts, names, protocol=protocol, data=data, limit=limit)
+    rows, files = read_material(texts, names, protocol=protocol, data=data, limit=limit, tokenizer=tokenizer)
     windows: dict[str, Any] = {"stride": stride, "max_windows": max_windows}
     ids = {name: token_stream(tokenizer, text, protocol=protocol) for name, text in rows.items()}
     for name, stream in ids.items():
         warn_of_unknown(tokenizer, stream, f"the text '{name}'")
     models = [model, dense] if isinstance(dense, nn.Module) else [model]
     for measured in models:
+        if latency:
+            check_latency(measured, prompt=_prompt(measured), new_tokens=NEW)
+        for name, stream in ids.items():
+            check_known(stream, measured, f"the text '{name}'")
         for name, stream in ids.items():
             for length in lengths:
                 window_starts(measured, stream, length=length, text=name, **windows)
@@ -121,8 +128,7 @@ def evaluate(
         if names:
             options: dict[str, Any] = {"data": data, "limit": limit, "batch_size": batch_size, "progress": progress}
             scores = score_tasks(measured, tokenizer, names, **options)
-        room = (longest_input(measured) or 144) - 16
-        timed = measure_latency(measured, prompt=min(128, room), new_tokens=16) if latency else None
+        timed = measure_latency(measured, prompt=_prompt(measured), new_tokens=NEW) if latency else None
         return Evaluation(
             cost=measure_cost(measured),
             perplexities=tuple(perplexities),
@@ -146,13 +152,14 @@ def read_material(
     protocol: str = PROTOCOLS[0],
     data: str | os.PathLike[str] | None = None,
     limit: int | None = None,
+    tokenizer: Any = None,
 ) -> tuple[dict[str, list[str]], Mapping[str, tuple[list[Row], str]] | None]:
     """Rows of the texts, and of the task files if there is a directory of them.
 
     Raises:
         UsageError: One of them is missing or damaged; nothing has been run yet.
     """
-    rows = {name: text_rows(source, name=name, protocol=protocol) for name, source in texts.items()}
+    rows = {name: text_rows(source, name=name, protocol=protocol, tokenizer=tokenizer) for name, source in texts.items()}
     return rows, read_tasks(data, tasks, limit)
 
 
@@ -186,9 +193,14 @@ def _settings(
     return found
 
 
+def _prompt(model: nn.Module) -> int:
+    """Tokens of the prompt that latency is measured with."""
+    return min(128, (longest_input(model) or 128 + NEW) - NEW)
+
+
 def _label(source: str | os.PathLike[str]) -> str:
     """A file without its folders, a dataset's name as it is."""
-    return Path(source).name if Path(source).is_file() else os.fspath(source)
+    return ", ".join(s.label for s in parse_sources(source))
 
 
 def _named(progress: Progress | None, what: str) -> Progress | None:

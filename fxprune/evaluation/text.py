@@ -49,7 +49,7 @@ def token_stream(tokenizer: Any, rows: Sequence[str], *, protocol: str = PROTOCO
     return torch.tensor(tokenizer("\n\n".join(rows), verbose=False)["input_ids"], dtype=torch.long)
 
 
-def text_rows(source: str | os.PathLike[str], *, name: str = "", protocol: str = PROTOCOLS[0]) -> list[str]:
+def text_rows(source: str | os.PathLike[str], *, name: str = "", protocol: str = PROTOCOLS[0], tokenizer: Any = None) -> list[str]:
     """The rows of a text; for ``llm-pruner`` as its Hugging Face dataset has them.
 
     Rows of ``.jsonl`` files and datasets are taken as they are. A line of a ``.txt`` file is a row; for ``llm-pruner`` without the
@@ -61,21 +61,22 @@ def text_rows(source: str | os.PathLike[str], *, name: str = "", protocol: str =
             ``name:config:split``.
         name: What the text is called.
         protocol: One of `PROTOCOLS`.
+        tokenizer: Its chat template writes conversations, see `fxprune.data.whole_text`.
 
     Raises:
         UsageError: A missing or damaged file, an unknown dataset or protocol, or a text without a word.
     """
     check_protocol(protocol)
-    rows = list(read_texts(source)) if protocol == "stream" else _dataset_rows(source, name)
+    rows = list(read_texts(source, tokenizer)) if protocol == "stream" else _dataset_rows(source, name, tokenizer)
     if not any(row.strip() for row in rows):
         raise UsageError(f"the text '{name or os.fspath(source)}' is empty: there is nothing to predict")
     return rows
 
 
-def _dataset_rows(source: str | os.PathLike[str], name: str) -> list[str]:
+def _dataset_rows(source: str | os.PathLike[str], name: str, tokenizer: Any) -> list[str]:
     path = Path(source)
     if not path.is_file() or Source(os.fspath(source)).kind != ".txt":
-        return list(read_texts(source))
+        return list(read_texts(source, tokenizer))
     lines = text_lines(path)
     if any(label.lower().startswith("wikitext") for label in (name, path.name)):
         return [line + "\n" if line.strip() else "" for line in lines]

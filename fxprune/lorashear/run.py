@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 
 from ..api import versions
 from ..calibration import longest_input
-from ..checkpoint.directory import check_target, new_directory
+from ..checkpoint.directory import check_apart, check_target, new_directory
 from ..checkpoint.save import save_pruned
 from ..checkpoint.source import load_source
 from ..data import Sources
@@ -117,6 +117,9 @@ def shear(
     check_target(output, overwrite=overwrite)
     if isinstance(model, str | os.PathLike) and Path(model).exists() and Path(output).exists() and os.path.samefile(output, model):
         raise UsageError(f"the output '{os.fspath(output)}' is the model itself; choose another directory")
+    file = None if isinstance(knowledge, Knowledge) else knowledge
+    settings_file = recipe if isinstance(recipe, str | os.PathLike) else None
+    check_apart(output, data=[s.file for s in curriculum.sources.values()], knowledge=[file], recipe=[settings_file])
     with ExitStack() as stack:
         dense = _subject(model, tokenizer, dtype)
         home = next(dense.model.parameters()).device
@@ -225,7 +228,11 @@ class _Shearing:
             recovery=None,
             tokens=_tokens(training),
             seconds=seconds,
-            notes=[*parts.run.notes, *parts.notes, *([report.note] if report.note and report.note not in parts.notes else [])],
+            notes=[
+                *parts.run.notes,
+                *(note for note in parts.notes if note not in report.note),
+                *([report.note] if report.note else []),
+            ],
             versions=versions(),
             run=work.run,
         )

@@ -90,7 +90,11 @@ def _inject(student: nn.Module, targets: list[str], settings: Recovery) -> None:
     )
     with warnings.catch_warnings():  # peft corrects fan_in_fan_out itself for layers of the other kind, and says so
         warnings.simplefilter("ignore")
-        inject_adapter_in_model(config, student, adapter_name=ADAPTER)
+        try:
+            inject_adapter_in_model(config, student, adapter_name=ADAPTER)
+        except ValueError as error:
+            reason = (str(error).splitlines() or ["ValueError"])[0]
+            raise UsageError(f"peft refuses an adapter in this {type(student).__name__} ({reason}): name other targets") from error
     for parameter in student.parameters():
         if parameter.requires_grad and parameter.element_size() < 4:
             parameter.data = parameter.data.float()

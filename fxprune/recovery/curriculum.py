@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ..data import Examples, Source, Sources, parse_sources
+from ..data import Examples, Source, Sources, by_name, parse_sources
 from ..errors import UsageError, nearest
 from ..wording import counted
 from .settings import Recovery
@@ -92,8 +92,7 @@ class Curriculum:
         found: dict[tuple[str, str | None, str], Source] = {}
         for source in (s for stage in self.stages for s in stage):
             found.setdefault(_key(source), source)
-        labels = [s.label for s in found.values()]
-        return {s.label if labels.count(s.label) == 1 else _whole(s): s for s in found.values()}
+        return by_name(found.values())
 
     def named(self) -> list[dict[str, float]]:
         """For each stage its sources' own weights, by the names of `sources`."""
@@ -155,11 +154,6 @@ def _number(value: Any) -> bool:
 
 def _key(source: Source) -> tuple[str, str | None, str]:
     return source.name, source.column, source.template
-
-
-def _whole(source: Source) -> str:
-    column = "" if source.column is None else f"[{source.column}]"
-    return f"{source.name}{column}" if source.template == "auto" else f"{source.name}{column} ({source.template})"
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..calibration import warn_of_unknown
-from ..data import Examples, Sketch, Source, Sources, check_overlap, documents, join, load_examples, parse_sources
+from ..calibration import check_known, warn_of_unknown
+from ..data import Examples, Sketch, Source, Sources, by_name, check_overlap, documents, join, load_examples, parse_sources
 from ..data.examples import SHUFFLED_TOKENS
 from ..data.overlap import COMPARED, overlap
 from ..errors import UsageError
@@ -55,8 +55,9 @@ class TrainingData:
 
     @property
     def parts(self) -> tuple[Examples, ...]:
-        """All that is trained on."""
-        return tuple(stage.train for stage in self.stages) or (self.train,)
+        """All that is trained on or measured on."""
+        stages = [examples for stage in self.stages for examples in (stage.train, *stage.held.values())]
+        return (*(stages or [self.train]), *([] if self.held is None else [self.held]))
 
     @property
     def fingerprint(self) -> str:
@@ -91,7 +92,7 @@ def load_data(
         UsageError: A source is empty or cannot be read, there is no tokenizer, or validation text is in the training text.
     """
     everything = _examples(data, tokenizer, settings, samples=settings.samples, progress=progress)
-    sketches = {} if isinstance(data, Examples) else _sketches({s.label: s for s in data}, validation, settings)
+    sketches = {} if isinstance(data, Examples) else _sketches(by_name(data), validation, settings)
     if validation is None:
         train, kept = everything.split(min(settings.validation_samples, len(everything) // 10), settings.seed)
         held = kept if len(kept) else None
@@ -167,7 +168,15 @@ def _sketches(
             if compared:
                 more.add(text)
     if isinstance(validation, tuple):
-        check_overlap({s.label: documents(s) for s in validation}, large)
+        for source in validation:
+            same = [
+                name
+                for name, s in sources.items()
+                if s.file is not None and source.file is not None and s.file.samefile(source.file)
+            ]
+            if same:
+                raise UsageError(f"the validation text '{source.label}' is the training text '{same[0]}' itself")
+        check_overlap({name: documents(s) for name, s in by_name(validation).items()}, large)
     return sketches
 
 
@@ -202,7 +211,9 @@ def _examples(
         if int(given.lengths.max()) > settings.cutoff:
             longest = int(given.lengths.max())
             raise UsageError(f"an example has {longest} tokens, more than cutoff={settings.cutoff}: set it to {longest}")
-        return given
+        if settings.completion_only and not int(given.prompts.max()):
+            raise UsageError("completion_only is settled when text is read, and these examples have no prompts: load them with it")
+        return given if samples is None or samples >= len(given) else given.select(range(samples))
     if tokenizer is None:
         raise UsageError("text needs a tokenizer, and there is none beside the model: pass tokenizer=")
     examples = load_examples(
@@ -224,10 +235,7 @@ def check_tokens(examples: Examples, model: nn.Module) -> None:
     Raises:
         UsageError: A token is beyond the vocabulary: the tokenizer is another model's.
     """
-    rows = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-    largest = int(examples.ids.max())
-    if rows and largest >= max(rows):
-        raise UsageError(f"the data has token {largest}, and the model knows {max(rows)}: the tokenizer belongs to another model")
+    check_known(examples.ids, model, "the data")
 
 
 def sources_of(given: Sources | Examples) -> tuple[Source, ...] | Examples:

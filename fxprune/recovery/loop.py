@@ -20,7 +20,7 @@ from ..errors import FxPruneError
 from ..mode import evaluating
 from ..passes.batches import Progress, logits_of
 from .adapters import trained
-from .objective import Objective, inputs_of, only
+from .objective import Inputs, Objective, inputs_of
 from .settings import Recovery
 from .state import Position, StateDirectory
 from .world import World
@@ -215,10 +215,10 @@ class Training:
     def perplexity(self, batches: Batches) -> float:
         """The exponential of `mean_loss` of what is trained."""
         mean = self.mean_loss(self.model, self.takes, batches)
-        return math.exp(mean) if mean < 700 else math.inf
+        return math.inf if mean >= 700 else math.exp(mean)
 
     @torch.no_grad()
-    def mean_loss(self, model: nn.Module, takes: frozenset[str], batches: Batches) -> float:
+    def mean_loss(self, model: nn.Module, takes: Inputs, batches: Batches) -> float:
         """The mean negative log-likelihood of every predicted token of the batches' first epoch, in nats.
 
         Args:
@@ -232,7 +232,7 @@ class Training:
                 batch = batches.batch(0, index)
                 for part in self.world.share(batch, self.plan.micro):
                     with room(self.plan, self.position.step, self.state), self._cast():
-                        logits = logits_of(model(**only(takes, part)))[:, :-1].float()
+                        logits = logits_of(model(**takes.of(part)))[:, :-1].float()
                     labels = part["labels"][:, 1:].flatten()
                     lost = nn.functional.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")
                     total += torch.stack([lost.double(), (labels != IGNORED).sum().double()])
@@ -306,6 +306,10 @@ def room(plan: Plan, step: int, state: StateDirectory | None) -> Iterator[None]:
 
 def _diverged(step: int, loss: float, settings: Recovery, state: StateDirectory | None) -> FxPruneError:
     what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+    if step == 1 and not math.isfinite(loss):
+        return FxPruneError(
+            f"{what} at step 1, before anything was trained: the model is damaged, or too large numbers for its dtype"
+        )
     last = state.last_step() if state is not None else None
     kept = f"; the last good state, of step {last}, is kept in '{state.typed}'" if state is not None and last is not None else ""
     again = " and start over with --restart (restart=True)" if last is not None else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,20 +20,32 @@ PROBE = 4
 """Tokens of the input on which two models are compared before training."""
 
 
-def inputs_of(model: nn.Module) -> frozenset[str]:
-    """Which of a batch's tensors a model takes: a graph what it was traced with, an eager model all but the labels.
+@dataclass(frozen=True)
+class Inputs:
+    """Which of a batch's tensors a model takes.
+
+    Attributes:
+        names: Of those that it knows.
+        counts: It counts the positions of padded rows itself; RoBERTa's begin at another number than 0.
+    """
+
+    names: frozenset[str] = frozenset({"input_ids", "position_ids", "attention_mask"})
+    counts: bool = True
+
+    def of(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a batch that the model is called with."""
+        own = {"position_ids"} if self.counts and "attention_mask" in batch else set()
+        return {name: tensor for name, tensor in batch.items() if name in self.names - own}
+
+
+def inputs_of(model: nn.Module) -> Inputs:
+    """What a model takes: a graph what it was traced with, an eager model all but the labels.
 
     Rows are padded on the right: with causal attention no token sees the padding, so a graph without a mask loses nothing.
     """
-    known = frozenset({"input_ids", "position_ids", "attention_mask"})
-    if isinstance(model, GraphModule):
-        return known & {str(n.target) for n in model.graph.nodes if n.op == "placeholder"}
-    return known
-
-
-def only(names: frozenset[str], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Some of a batch's tensors."""
-    return {name: tensor for name, tensor in batch.items() if name in names}
+    if not isinstance(model, GraphModule):
+        return Inputs()
+    return Inputs(Inputs().names & {str(n.target) for n in model.graph.nodes if n.op == "placeholder"}, counts=False)
 
 
 class Objective:
@@ -40,7 +53,7 @@ class Objective:
 
     ``(1 - w) CE + w T^2 KL(teacher || student)`` with w ``distill_weight`` and T ``distill_temperature`` (Hinton et al.,
     arXiv 1503.02531, section 2), plus ``hidden_weight`` times the mean over layers of ``|h - h_teacher|^2 / |h_teacher|^2``, where
-    h is the residual stream after a layer, at the tokens that predict.
+    h are the hidden states that transformers gives (the last one behind the final norm), at the tokens that predict.
 
     Args:
         student: As it is called in training.
@@ -49,15 +62,15 @@ class Objective:
         settings: Weights and temperature.
     """
 
-    def __init__(self, student: nn.Module, takes: frozenset[str], teacher: nn.Module | None, settings: Recovery) -> None:
+    def __init__(self, student: nn.Module, takes: Inputs, teacher: nn.Module | None, settings: Recovery) -> None:
         self.student, self.takes, self.teacher, self.settings = student, takes, teacher, settings
-        self.teacher_takes = frozenset() if teacher is None else inputs_of(teacher)
+        self.teacher_takes = Inputs() if teacher is None else inputs_of(teacher)
         self.options: dict[str, Any] = {"output_hidden_states": True} if settings.hidden_weight else {}
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The sum over the predicted tokens of a batch ``[rows, tokens]``, a float32 scalar."""
         settings, labels = self.settings, batch["labels"][:, 1:]
-        output = self.student(**only(self.takes, batch), **self.options)
+        output = self.student(**self.takes.of(batch), **self.options)
         logits = logits_of(output)[:, :-1].float()
         loss = torch.zeros((), device=logits.device)
         if settings.distill_weight < 1:
@@ -66,7 +79,7 @@ class Objective:
         if self.teacher is None:
             return loss
         with torch.no_grad():
-            known = self.teacher(**only(self.teacher_takes, batch), **self.options)
+            known = self.teacher(**self.teacher_takes.of(batch), **self.options)
         counted = labels != IGNORED
         if settings.distill_weight:
             wanted = logits_of(known)[:, :-1].float()

@@ -7,6 +7,7 @@ import math
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ..api import versions
-from ..calibration import longest_input
-from ..checkpoint.directory import check_target
+from ..calibration import known_tokens, longest_input
+from ..checkpoint.directory import check_apart, check_target
 from ..checkpoint.source import load_source
 from ..data import Batches, Examples, Source, Sources, packs_apart
 from ..errors import UsageError
@@ -103,6 +104,8 @@ def recover(
     held = None if validation is None else sources_of(validation)
     if output is not None:
         check_target(output, overwrite=overwrite)
+        named = None if isinstance(teacher, nn.Module) else teacher
+        check_apart(output, data=_files(read), validation=_files(held), teacher=[named])
     with ExitStack() as stack:
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
         subject = find_subject(target, tokenizer, device=device if alone else None, dtype=dtype)
@@ -163,6 +166,13 @@ def _given(
     return curriculum
 
 
+def _files(given: tuple[Source, ...] | Examples | Curriculum | None) -> list[Path | None]:
+    """The local files that text is read from."""
+    if given is None or isinstance(given, Examples):
+        return []
+    return [s.file for s in (given.sources.values() if isinstance(given, Curriculum) else given)]
+
+
 def _graph(subject: Subject) -> bool:
     return isinstance(subject.model, GraphModule)
 
@@ -211,9 +221,8 @@ class RecoveryRun:
         return False
 
     def _apart(self, model: nn.Module) -> bool:
-        rows = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
         with quiet(model):
-            return packs_apart(model, vocabulary=rows)
+            return packs_apart(model, vocabulary=known_tokens(model) or 2)
 
     def teacher(self, given: Any, stack: ExitStack) -> nn.Module | None:
         """The dense model in evaluation mode, on the device."""
@@ -335,7 +344,8 @@ class RecoveryRun:
     def batches(self, examples: Examples, *, packing: bool | None = None) -> Batches:
         """Batches of examples as they are trained on."""
         tokenizer = self.subject.tokenizer
-        pad = next((i for i in (getattr(tokenizer, n, None) for n in ("pad_token_id", "eos_token_id")) if i is not None), 0)
+        ids, known = [getattr(tokenizer, n, None) for n in ("pad_token_id", "eos_token_id")], known_tokens(self.subject.model)
+        pad = next((i for i in ids if i is not None and (known is None or i < known)), 0)  # masked and not learned: any will do
         packing = self.packing if packing is None else packing
         options: dict[str, Any] = {"batch_size": self.settings.batch_size, "length": self.length, "packing": packing}
         return Batches(examples, pad_id=pad, seed=self.settings.seed, **options)

@@ -16,7 +16,7 @@ from ..errors import FxPruneError
 from ..wording import counted
 from .curriculum import Curriculum, StagePlan
 from .loop import Due, Training, room
-from .objective import inputs_of
+from .objective import Inputs, inputs_of
 
 log = logging.getLogger("fxprune")
 
@@ -205,7 +205,7 @@ class StagedTraining(Training):
             known |= self._losses(stage, "measuring the dense model", self.dense, inputs_of(self.dense), known=known)
 
     def _losses(
-        self, stage: StageRun, what: str, model: nn.Module, takes: frozenset[str], known: Mapping[str, float] | None = None
+        self, stage: StageRun, what: str, model: nn.Module, takes: Inputs, known: Mapping[str, float] | None = None
     ) -> dict[str, float]:
         """Held-out loss of each source of a stage, nats per predicted token; without those that are known."""
         found = {}

@@ -92,6 +92,7 @@ class StateDirectory:
         self.typed, self.of = f"{os.fspath(output).rstrip('/')}{suffix}", of
         self.identity = json.loads(json.dumps(identity))
         self._lock: int | None = None
+        self._damaged: list[Path] = []
         if main:
             self._open(restart)
 
@@ -126,6 +127,7 @@ class StateDirectory:
                 tensors = load_file(directory / "tensors.safetensors")
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 damaged = error
+                self._damaged.append(directory)
                 continue
             self._check(identity)
             return position, tensors
@@ -150,6 +152,8 @@ class StateDirectory:
         """
         work = self.path / ".part"
         target = self.path / f"step-{position.step:09d}"
+        for unreadable in self._damaged:
+            shutil.rmtree(unreadable, ignore_errors=True)
         if target.exists():
             return
         try:
