@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ._version import __version__
-from .errors import FxPruneError, PlanError, UsageError
+from .errors import FxPruneError, PlanError, RecipeError, UsageError
 from .wording import as_typed
 
 TEXT = ("--calibration", "--text", "--data")
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cause = _own(error)
         if cause is None or arguments.verbose > 1:
             raise
-        print(f"fxprune: {as_typed(str(cause), set(vars(arguments)) - POSITIONAL)}", file=sys.stderr)
+        named = isinstance(cause, RecipeError)  # as in the file
+        print(f"fxprune: {cause if named else as_typed(str(cause), set(vars(arguments)) - POSITIONAL)}", file=sys.stderr)
         return 2 if isinstance(cause, UsageError | PlanError) else 1
 
 
@@ -61,6 +62,14 @@ def _logging(verbose: int) -> None:
 def kinds(text: str) -> list[str] | dict[str, float]:
     """``a,b`` as a list, ``a=0.5,b=1`` as a mapping."""
     return _mapping(text) if "=" in text else [item.strip() for item in text.split(",") if item.strip()]
+
+
+def ratio(text: str) -> float:
+    """``0.2`` as a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no share: write 0.2 for 20 %") from None
 
 
 def shares(text: str) -> float | dict[str, float]:
@@ -194,7 +203,7 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", help="directory to write the checkpoint to (needed unless --dry-run)")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in the output directory")
     what = parser.add_argument_group("what to remove")
-    what.add_argument("--ratio", type=float, help="share of all parameters, 0.2 for 20 %%")
+    what.add_argument("--ratio", type=ratio, help="share of all parameters, 0.2 for 20 %%")
     what.add_argument("--units", type=shares, help="instead: share of units, 0.25 or ffn=0.3,kv_heads=0.33")
     what.add_argument("--plan", help="instead: replay a plan file")
     what.add_argument("--kinds", type=kinds, help="kinds to prune, a,b or with a pace a=1,b=0.5 (kv_heads, query_groups, ffn, ...)")
@@ -210,7 +219,9 @@ def _prune(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="what fxprune sensitivity -o FILE wrote, or a sheared checkpoint: leave what matters most whole",
     )
-    what.add_argument("--protect-share", type=float, metavar="SHARE", help="with --knowledge: how much of it (default 0.1)")
+    what.add_argument(
+        "--protect-share", type=float, metavar="SHARE", help="with --knowledge: share of the groups left whole (default 0.1)"
+    )
     what.add_argument(
         "--multiple", type=multiples, metavar="N|KIND=N,...", help="round widths to multiples; one number leaves heads out"
     )
@@ -218,7 +229,8 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how: all of these, and those above, are what the recipe says unless given")
     how.add_argument(
         "--recipe",
-        help="default, uniform, llm-pruner, flap, wanda-sp, magnitude, random, channel, or a .yaml file (default: default)",
+        help="default, uniform, llm-pruner, flap, wanda-sp, magnitude, random, channel, or a .yaml file (default: default; none "
+        "beside a --criterion that reads no text)",
     )
     how.add_argument("--criterion", help="random, l1, l2, taylor_vector, taylor1, taylor2, taylor_mixed, wanda, flap, kfac")
     how.add_argument("--aggregation", help="sum, mean, max, product, last, first")
@@ -233,8 +245,8 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--levels", type=int, help="for measured ranking: steps into which each group is cut")
     how.add_argument("--sensitivity-samples", type=int, help="for measured ranking: samples that the loss is measured on")
     how.add_argument("--rounds", type=int, help="for measured ranking: parts the budget is cut into")
-    how.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dry-run", action="store_true", help="show the plan's effect and stop; nothing is scored or written")
+    how.add_argument("--seed", type=int, default=0, help="of the calibration text and of random scores")
+    parser.add_argument("--dry-run", action="store_true", help="show sizes and stop; nothing is measured or written")
     parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison with the masked dense model")
 
@@ -293,7 +305,7 @@ def _sensitivity(parser: argparse.ArgumentParser) -> None:
 
 
 def _recover(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="DIR", help="a checkpoint that fxprune wrote")
+    parser.add_argument("model", metavar="DIR", help="a checkpoint: of fxprune, or any other, which is trained as it is")
     parser.add_argument("-o", "--output", required=True, help="directory to write; the training state is kept in OUTPUT.recovering")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in the output directory")
     parser.add_argument("--restart", action="store_true", help="drop the training state of an interrupted run")
@@ -340,7 +352,7 @@ def _shear(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in the output directory")
     parser.add_argument("--restart", action="store_true", help="drop what an interrupted run left")
     what = parser.add_argument_group("what to remove")
-    what.add_argument("--ratio", type=float, required=True, help="share of all parameters, 0.2 for 20 %%")
+    what.add_argument("--ratio", type=ratio, required=True, help="share of all parameters, 0.2 for 20 %%")
     what.add_argument("--kinds", type=kinds, help="kinds that may lose units (default kv_heads,ffn)")
     what.add_argument("--widths", help="per-layer (default), or uniform: stock transformers; needs --protect-share 0")
     what.add_argument("--protect-first", type=int, metavar="K", help="leave the first K layers whole")

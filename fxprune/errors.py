@@ -14,6 +14,10 @@ class UsageError(FxPruneError, ValueError):
     """An argument, option or file that the user gave cannot be used as it is."""
 
 
+class RecipeError(UsageError):
+    """What a recipe says cannot be used; settings are named as a recipe names them."""
+
+
 class CaptureError(FxPruneError, RuntimeError):
     """A model could not be traced into a graph."""
 

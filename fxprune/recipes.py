@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .errors import UsageError, nearest
+from .errors import RecipeError, UsageError, nearest
 
 RecipeLike: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | None"
 
@@ -153,7 +153,8 @@ def read_recipe(
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"cannot read the recipe '{path.name}': {' '.join(str(error).split())[:200]}") from error
     if not isinstance(data, Mapping):
-        raise UsageError(f"the recipe '{path.name}' must hold settings with their values, not a {type(data).__name__}")
+        found = "it is empty" if data is None else f"not a {type(data).__name__}"
+        raise RecipeError(f"the recipe '{path.name}' must hold settings with their values: {found}")
     return _checked(data, f"the recipe '{path.name}'", named, settings)
 
 
@@ -162,20 +163,21 @@ def _checked(
 ) -> dict[str, Any]:
     base = data.get("recipe")
     if base is not None and (not isinstance(base, str) or base not in named):
-        raise UsageError(f"{where} builds on an unknown recipe '{base}'; {nearest(str(base), named)}")
+        raise RecipeError(f"{where} builds on an unknown recipe '{base}'; {nearest(str(base), named)}")
     own = {key: value for key, value in data.items() if key != "recipe"}
     command, others = ("fxprune shear", _SHEARING) if named is RECIPES else ("fxprune prune", SETTINGS)
     if foreign := [key for key in own if key in others and key not in settings]:
-        raise UsageError(f"{where} has '{foreign[0]}', a setting of {command}: it is a recipe for that")
+        raise RecipeError(f"{where} has '{foreign[0]}', a setting of {command}: it is a recipe for that")
     for key in own:
         if key in ("ratio", "units"):
-            raise UsageError(
-                f"{where} has '{key}', and how much goes is no setting of a recipe: say it beside it ({key}=, --{key})"
+            raise RecipeError(
+                f"{where} has '{key}', and how much goes is no setting of a recipe: say it beside it ({key}= in Python, "
+                f"--{key} on the command line)"
             )
         if key not in settings:
-            raise UsageError(f"{where} has an unknown setting '{key}'; {nearest(str(key), settings)}")
+            raise RecipeError(f"{where} has an unknown setting '{key}'; {nearest(str(key), settings)}")
         if wrong := _misfit(key, own[key], settings[key]):
-            raise UsageError(f"{where}: {key} must be {wrong}, got {own[key]!r}")
+            raise RecipeError(f"{where}: {key} must be {wrong}, got {own[key]!r}")
     return {**(named[base] if base is not None else {}), **own}
 
 

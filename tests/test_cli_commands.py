@@ -169,6 +169,20 @@ def test_a_dry_run_tells_the_effect_and_writes_nothing(
     )
 
 
+def test_a_dry_run_says_what_form_a_real_run_has(run: Run) -> None:
+    said = "a real run measures the loss, and every layer gets widths of its own: fxprune.load reads those"
+    for recipe, told in (("default", True), ("uniform", False), ("magnitude", False)):
+        ran = run("prune", "dense", "--dry-run", "--ratio", "0.1", "--recipe", recipe, "--json")
+        assert (said in json.loads(ran.out)["note"]) is told
+
+
+def test_what_a_criterion_without_text_leaves_of_the_recipe(run: Run) -> None:
+    said = "recipe none: l2 reads no text, so nothing is measured or compensated; --recipe says otherwise"
+    for number, (more, told) in enumerate((((), True), (("--recipe", "magnitude"), False))):
+        ran = run("prune", "dense", "--ratio", "0.1", "--criterion", "l2", *more, "-o", f"told{number}")
+        assert (ran.status, said in ran.said) == (0, told)
+
+
 def test_a_dry_run_needs_no_tokenizer_and_no_gradient(run: Run) -> None:
     ran = run("prune", "other", "--dry-run", "--json", "--ratio", "0.2", "--criterion", "taylor_mixed")
     assert ran.status == 0
@@ -241,7 +255,7 @@ def test_verify_tells_what_changed_the_weights_since(run: Run, tmp_path: Path) -
     assert told["parameters"] - told["slices_of_the_dense_model"] == 2  # down_proj of two layers
     assert (
         f"besides being cut, weights were changed by compensation (least-squares): {told['slices_of_the_dense_model']} of "
-        f"{told['parameters']} parameters are the dense model's slices"
+        f"{told['parameters']} weight tensors are the dense model's slices"
     ) in ran.out
     file = Path(out) / "model.safetensors"
     tensors = load_file(file)

@@ -42,7 +42,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         ((*OUT, "--ratio", "1"), "a ratio must lie between 0 and 1 (0.2 removes 20 %), got 1.0"),
         ((*OUT, "--ratio", "1.5"), "a ratio must lie between 0 and 1 (0.2 removes 20 %), got 1.5"),
         ((*OUT, "--ratio", "nan"), "a ratio must lie between 0 and 1 (0.2 removes 20 %), got nan"),
-        ((*OUT, "--ratio", "abc"), "argument --ratio: invalid float value: 'abc'"),
+        ((*OUT, "--ratio", "abc"), "argument --ratio: 'abc' is no share: write 0.2 for 20 %"),
         (
             (*RATIO, "--multiple", "2.5"),
             "argument --multiple: '2.5' is neither a whole number nor of the form kind=number,kind=number",

@@ -163,7 +163,7 @@ def test_a_file_named_like_a_recipe_needs_its_ending(tmp_path: Path, monkeypatch
         ({"recipe": "flab"}, "the recipe builds on an unknown recipe 'flab'; did you mean 'flap'? Choose from: channel, "),
         (
             {"ratio": 0.2},
-            "the recipe has 'ratio', and how much goes is no setting of a recipe: say it beside it (ratio=, --ratio)",
+            "the recipe has 'ratio', and how much goes is no setting of a recipe: say it beside it (ratio= in Python, --ratio on the command line)",
         ),
         ({"recipe": ["flap"]}, "the recipe builds on an unknown recipe '['flap']'; "),
         ({"samples": "many"}, "the recipe: samples must be a whole number, got 'many'"),
@@ -188,8 +188,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     for text, said in (
         ("criterion: [", "cannot read the recipe 'mine.yaml': while parsing a flow node"),
-        ("- criterion", "the recipe 'mine.yaml' must hold settings with their values, not a list"),
-        ("", "the recipe 'mine.yaml' must hold settings with their values, not a NoneType"),
+        ("- criterion", "the recipe 'mine.yaml' must hold settings with their values: not a list"),
+        ("", "the recipe 'mine.yaml' must hold settings with their values: it is empty"),
         ("levels: two", "the recipe 'mine.yaml': levels must be a whole number, got 'two'"),
         ("wides: uniform", "the recipe 'mine.yaml' has an unknown setting 'wides'; did you mean 'widths'?"),
         ("recipe: flop", "the recipe 'mine.yaml' builds on an unknown recipe 'flop'; did you mean 'flap'?"),

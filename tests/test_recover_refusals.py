@@ -87,7 +87,7 @@ def test_data_that_cannot_be_used(text: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError) as caught:
             trained(pruned(), given.pop("data"), **given)
         assert said in str(caught.value)
-    with pytest.raises(UsageError, match="text needs a tokenizer, and there is none beside the model: pass tokenizer="):
+    with pytest.raises(UsageError, match="text needs a tokenizer, and there is none beside the model: copy its files"):
         trained(build("llama"), str(text))
     with pytest.raises(UsageError, match=r"the data has token \d+, and the model knows 50: the tokenizer belongs to another model"):
         trained(build("llama", vocab_size=50), str(text), tokenizer=tokenizer())

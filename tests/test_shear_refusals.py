@@ -111,7 +111,7 @@ def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model": "nowhere/at/all"}, "there is no directory 'nowhere/at/all'"),
         ({"model": 3}, "cannot shear a int: expected a Hugging Face model, a directory or a hub id"),
         ({"model": nn.Linear(2, 2)}, "cannot shear a plain Linear, which has no checkpoint form: use fxprune.LHSPG in a loop"),
-        ({"tokenizer": None}, "text needs a tokenizer, and there is none beside the model: pass tokenizer="),
+        ({"tokenizer": None}, "text needs a tokenizer, and there is none beside the model: copy its files"),
         ({"targets": "q_prj"}, "the target 'q_prj' matches no linear layer; did you mean 'q_proj'?"),
     ],
     ids=str,

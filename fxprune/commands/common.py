@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from ..groups import family_of
 from ..passes.batches import Progress
 from ..wording import listed
 
-console = Console(stderr=True)
+console = Console(stderr=True, soft_wrap=not sys.stderr.isatty())
 
 EVERY = 30.0
 """Seconds between two lines of progress in a log."""
@@ -140,7 +141,8 @@ def show_result(result: PruneResult) -> None:
         wide = (
             "" if report.verify.rounding is None else f", in float64 ({report.verify.rounding:.1e} with the model's own rounding)"
         )
-        console.print(f"verified    relative error {report.verify.max_rel_error:.1e} against the {report.verify.reference}{wide}")
+        said = f"verified    relative error {report.verify.max_rel_error:.1e} against the {report.verify.reference}{wide}"
+        console.print(said + ("" if report.recipe.get("compensation", "none") == "none" else ", before compensation"))
     if report.eager_error is not None:
         console.print(f"eager model relative error {report.eager_error:.1e} against the rewritten graph; form: {report.form}")
     if report.note:

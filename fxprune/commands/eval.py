@@ -32,7 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
     seen = read_seen(arguments.model)
     model, tokenizer = load_model(arguments)
     if tokenizer is None and (options["texts"] or options["tasks"]):
-        raise UsageError(f"there is no tokenizer beside '{arguments.model}'")
+        raise UsageError(
+            f"there is no tokenizer beside '{arguments.model}': copy its files there (tokenizer.json, tokenizer_config.json)"
+        )
     with progress() as advance:
         found = evaluate(model, tokenizer, **options, seen=seen, progress=advance)
         if arguments.dense:

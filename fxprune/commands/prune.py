@@ -19,6 +19,7 @@ from ..calibration import longest_input, read_texts
 from ..capture import trace
 from ..checkpoint.directory import check_apart, check_target
 from ..cost import costs
+from ..criteria import CRITERIA
 from ..data import parse_sources
 from ..errors import UsageError
 from ..knowledge import Knowledge
@@ -53,6 +54,13 @@ def run(arguments: argparse.Namespace) -> int:
         return _dry_run(model, graph, plan, selection, as_json=arguments.json)
     if arguments.calibration and tokenizer is None:
         raise UsageError(f"calibration text needs a tokenizer, and there is none beside '{arguments.model}'")
+    if tokenizer is None:
+        console.print(f"note        there is no tokenizer beside '{arguments.model}', so the checkpoint has none", markup=False)
+    if plan is None and arguments.recipe is None and arguments.criterion and not CRITERIA[arguments.criterion].calibrated:
+        said = (
+            f"recipe      none: {arguments.criterion} reads no text, so nothing is measured or compensated; --recipe says otherwise"
+        )
+        console.print(said, markup=False)
     with progress() as advance:
         result = prune_model(
             model,
@@ -87,7 +95,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection
             raise UsageError("name an output directory with -o (or add --dry-run)")
         check_target(arguments.output, overwrite=arguments.overwrite)
         text = [source.file for source in parse_sources(arguments.calibration)] if arguments.calibration else []
-        files = {name: [getattr(arguments, name)] for name in ("knowledge", "plan", "recipe")}
+        files = {name: [getattr(arguments, name)] for name in ("knowledge", "recipe")}
         check_apart(arguments.output, calibration=text, **files)
         if Path(arguments.output).exists() and Path(arguments.model).exists() and samefile(arguments.output, arguments.model):
             raise UsageError(f"the output '{arguments.output}' is the model itself; choose another directory")
@@ -100,6 +108,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection
     elif (arguments.ratio is None) == (arguments.units is None):
         raise UsageError(
             "say what to remove: just one of --ratio (share of all parameters), --units (share of units) and --plan (a file)"
+            + ("" if arguments.ratio is None else "; --ratio and --units are given")
         )
     if arguments.protect_share is not None and not arguments.knowledge:
         raise UsageError("--protect-share is a share of what fxprune sensitivity measured: name its file with --knowledge")
@@ -125,7 +134,7 @@ def _dry_run(
     model: nn.Module, graph: GraphModule | None, plan: PrunePlan | None, selection: Selection | None, *, as_json: bool
 ) -> int:
     """Widths and cost from shapes; which units they are is decided by magnitude, which needs no calibration."""
-    guessed = plan is None
+    guessed, wanted = plan is None, selection
     gm = graph if graph is not None else trace(model, example_inputs(model))
     groups = groups_of(gm)
     if plan is None:
@@ -139,6 +148,11 @@ def _dry_run(
     notes = [note] if (note := plan.recipe.get("note")) else []
     if guessed:
         notes.append("scored by magnitude, without calibration; the widths of a real run may differ")
+    if guessed and wanted is not None and wanted.ranking == "measured" and wanted.widths == "per-layer":
+        notes.append(
+            "a real run measures the loss, and every layer gets widths of its own: fxprune.load reads those, or transformers with "
+            "trust_remote_code=True; --recipe uniform gives what stock classes read"
+        )
     if as_json:
         dump(
             {

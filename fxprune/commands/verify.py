@@ -97,7 +97,7 @@ def _said(path: Path, report: VerifyReport, slices: dict[str, Any]) -> list[str]
     if slices:
         lines.append(
             f"besides being cut, weights were changed by {' and '.join(slices['changed_by'])}: "
-            f"{slices['slices_of_the_dense_model']} of {slices['parameters']} parameters are the dense model's slices"
+            f"{slices['slices_of_the_dense_model']} of {slices['parameters']} weight tensors are the dense model's slices"
         )
         lines.append("of the others only the shapes can be checked: their numbers are not the dense model's")
     return lines

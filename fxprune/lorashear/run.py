@@ -32,7 +32,7 @@ from ..names import REPORT_FILE
 from ..passes.batches import Progress
 from ..recipes import RecipeLike
 from ..recovery.curriculum import Curriculum
-from ..recovery.data import check_tokens, load_stages
+from ..recovery.data import NO_TOKENIZER, check_tokens, load_stages
 from ..recovery.run import RecoveryRun, recover
 from ..recovery.staged import tokens_per_step
 from ..recovery.subject import Subject, find_subject, fingerprint
@@ -177,7 +177,7 @@ def _subject(model: str | os.PathLike[str] | nn.Module, tokenizer: Any, dtype: s
         raise UsageError(f"cannot shear a plain {type(model).__name__}, which has no checkpoint form: use fxprune.LHSPG in a loop")
     subject = find_subject(model, tokenizer or own, device=None, dtype=dtype)
     if subject.tokenizer is None:
-        raise UsageError("text needs a tokenizer, and there is none beside the model: pass tokenizer=")
+        raise UsageError(NO_TOKENIZER)
     return subject
 
 

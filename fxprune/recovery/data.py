@@ -20,6 +20,11 @@ from ..wording import counted
 from .curriculum import Curriculum
 from .settings import Recovery
 
+NO_TOKENIZER = (
+    "text needs a tokenizer, and there is none beside the model: copy its files there (tokenizer.json, tokenizer_config.json), or pass "
+    "tokenizer= in Python"
+)
+
 SHARED = 0.05
 """Share of one source's 13-word sequences in another from which on a report says so."""
 
@@ -215,7 +220,7 @@ def _examples(
             raise UsageError("completion_only is settled when text is read, and these examples have no prompts: load them with it")
         return given if samples is None or samples >= len(given) else given.select(range(samples))
     if tokenizer is None:
-        raise UsageError("text needs a tokenizer, and there is none beside the model: pass tokenizer=")
+        raise UsageError(NO_TOKENIZER)
     examples = load_examples(
         given,
         tokenizer,

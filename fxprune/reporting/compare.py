@@ -228,6 +228,8 @@ def compare(*directories: str | os.PathLike[str]) -> Comparison:
         UsageError: Fewer than two, one without a report, or checkpoints of different dense models.
         CheckpointError: A file in one of them is damaged.
     """
+    if any(not isinstance(directory, str | os.PathLike) for directory in directories):
+        raise UsageError("checkpoints are compared by their directories, given one by one: compare('a', 'b')")
     if len(directories) < 2:
         given = "".join(f", got '{os.fspath(directory)}' alone" for directory in directories)
         raise UsageError(f"a comparison needs two checkpoints or more{given}")
