@@ -34,6 +34,7 @@ SHEARED = {
     "dense": "dense",
     "LLM-Pruner (element 1), then recovery": "llm-pruner",
     "the same, but for kfac in place of element 1": "kfac-at-once",
+    "recipe default of fxprune prune, then recovery": "default-at-once",
     "LoRAShear, recipe lorashear (the paper's saliency)": "lorashear",
     "LoRAShear, recipe default (kfac)": "kfac",
     ".. without knowledge (--protect-share 0)": "kfac-no-knowledge",
@@ -85,9 +86,9 @@ def assert_table(shown: Mapping[str, Sequence[str]], expected: Mapping[str, Sequ
         assert_shown(shown[label], values)
 
 
-def assert_sentence(pattern: str, values: Sequence[float]) -> None:
-    """The numbers of a sentence in the README, which is there once."""
-    (cells,) = re.findall(pattern, (ROOT / "README.md").read_text())
+def assert_sentence(pattern: str, values: Sequence[float], file: str = "README.md") -> None:
+    """The numbers of a sentence in a file, which is there once."""
+    (cells,) = re.findall(pattern, (ROOT / file).read_text())
     assert_shown([cells] if isinstance(cells, str) else cells, values)
 
 
@@ -111,17 +112,20 @@ def test_criteria_without_recovery() -> None:
 
 
 def test_criteria_after_recovery() -> None:
-    rows, shown = rows_of(results("paper_criteria"), calibration="c4"), table("README.md", "| | WikiText-2 | PTB | C4 |")
+    rows, shown = rows_of(results("paper_criteria"), calibration="c4"), table("docs/results.md", "| | WikiText-2 | PTB | C4 |")
     recovered = {name for (name, _), row in rows.items() if "recovered" in row}
     assert [CRITERIA[label] for label in shown] == [n for n in CRITERIA.values() if n == "dense" or n in recovered]
     for label, cells in shown.items():
         name = CRITERIA[label]
         assert_shown(cells, perplexities(rows["dense", 0.0] if name == "dense" else rows[name, 0.2]["recovered"]))
+    ours, best = (perplexities(rows[name, 0.2]["recovered"]) for name in ("default", "element2"))
+    assert_sentence(r"`default` has (.*?) / (.*?) / (.*?), the best of the others \(element 2\)", ours)
+    assert_sentence(r"the best of the others \(element 2\) (.*?) / (.*?) / (.*?)\. Zero-shot", best)
 
 
 def test_zero_shot() -> None:
     rows = rows_of(results("paper_tasks"))
-    shown = table("README.md", "| | BoolQ | PIQA | HellaSwag |")
+    shown = table("docs/results.md", "| | BoolQ | PIQA | HellaSwag |")
     labels = {f"{label}{', recovered' * after}": (name, after) for label, name in CRITERIA.items() for after in (False, True)}
     labels = {label.replace(" (stock classes load it)", ""): row for label, row in labels.items()}
     assert list(shown) == [
@@ -134,14 +138,16 @@ def test_zero_shot() -> None:
         scores = [100 * task[task["metric"]] for task in tasks["tasks"]]
         assert_shown(cells, [*scores, 100 * tasks["average"], 100 * above_chance(tasks), 100 * above_chance(tasks, "boolq")])
         spread = sum(task[f"{task['metric']}_stderr"] ** 2 for task in tasks["tasks"]) ** 0.5 / len(tasks["tasks"])
-        assert 0.008 < spread < 0.009, "the README says what the standard error of an average is"
+        assert 0.008 < spread < 0.009, "docs/results.md says what the standard error of an average is"
 
 
 @pytest.mark.data
 def test_one_answer_to_every_row_of_boolq(corpora: Callable[..., Path]) -> None:
     rows, _ = read_rows(corpora("boolq.jsonl.gz"), "boolq", 500)
     assert_sentence(
-        r'"yes" to every row scores (.*?) % on BoolQ', [100 * sum(r["choices"][r["label"]] == "yes" for r in rows) / len(rows)]
+        r'"yes" to every row scores (.*?) % on BoolQ',
+        [100 * sum(r["choices"][r["label"]] == "yes" for r in rows) / len(rows)],
+        "docs/results.md",
     )
 
 
@@ -151,7 +157,7 @@ def above_chance(found: Mapping[str, Any], without: str = "") -> float:
 
 
 def test_shares_of_the_gap() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "results.md").read_text()
     lines = closed(list(rows_of(results("paper_criteria"), calibration="c4").values()))
     shares = [share for line in lines if line.startswith("default") for share in re.findall(r"closes (-?[\d.]+)%", line)]
     assert len(shares) == 9
@@ -170,9 +176,17 @@ def test_criteria_calibrated_on_the_kind_of_text() -> None:
 
 
 def test_dependency() -> None:
-    rows, shown = rows_of(results("paper_dependency")), table("README.md", "| perplexity | 20 %: WikiText-2 |")
+    rows, shown = rows_of(results("paper_dependency")), table("docs/results.md", "| coupled units | 20 %: WikiText-2 |")
     labels = {"with dependency": "with", "without": "without"}
     assert_table(shown, {k: [p for ratio in (0.2, 0.5) for p in perplexities(rows[name, ratio])] for k, name in labels.items()})
+
+
+def test_aggregation() -> None:
+    rows, shown = rows_of(results("paper_aggregation")), table("docs/results.md", "| aggregation | 20 %: WikiText-2 |")
+    names = [name for name, _ in rows if name != "dense"]
+    assert_table(
+        shown, {name: [p for ratio in (0.2, 0.5) for p in perplexities(rows[name, ratio])] for name in dict.fromkeys(names)}
+    )
 
 
 def test_exactness_and_fuzzing() -> None:
@@ -222,13 +236,13 @@ def test_the_demo() -> None:
 
 
 def test_memory() -> None:
-    tokens, shown = results("memory")["tokens"], table("README.md", "| | 10 x 64 tokens | 1 x 64 tokens |")
+    tokens, shown = results("memory")["tokens"], table("docs/results.md", "| | 10 x 64 tokens | 1 x 64 tokens |")
     amounts = ("10x64", "1x64")
     assert_table(shown, {k: [tokens[amount]["variants"][name]["above_model"] for amount in amounts] for k, name in MEMORY.items()})
 
 
 def test_latency() -> None:
-    plans, shown = results("latency")["plans"], table("README.md", "| | removed | prefill: eager |")
+    plans, shown = results("latency")["plans"], table("docs/results.md", "| | removed | prefill: eager |")
     assert len(shown) == len(plans)
     for cells, plan in zip(shown.values(), plans.values(), strict=True):
         expected = [] if plan["removed"] == 0 else [100 * plan["removed"]]
@@ -241,7 +255,7 @@ def test_latency() -> None:
 
 
 def test_capture() -> None:
-    cases, shown = results("capture")["cases"], table("README.md", "| | SmolLM2 shape |")
+    cases, shown = results("capture")["cases"], table("docs/results.md", "| | SmolLM2 shape |")
     shapes = ("smollm2-135m", "llama-7b", "llama-70b")
     expected = {
         "trace, symbolic batch and sequence": [cases[f"{shape}-symbolic"]["trace"] for shape in shapes],

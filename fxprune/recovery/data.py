@@ -21,8 +21,8 @@ from .curriculum import Curriculum
 from .settings import Recovery
 
 NO_TOKENIZER = (
-    "text needs a tokenizer, and there is none beside the model: copy its files there (tokenizer.json, tokenizer_config.json), or pass "
-    "tokenizer= in Python"
+    "text needs a tokenizer, and there is none beside the model: copy its files there (tokenizer.json, tokenizer_config.json), or "
+    "pass tokenizer= in Python"
 )
 
 SHARED = 0.05
