@@ -26,6 +26,17 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("unloaded")
+def test_a_recipe_file_is_spoken_of_in_its_own_words(run: Run, place: Path) -> None:
+    """Settings in a file have no dashes in front of them."""
+    (place / "wrong.yaml").write_text("batchsize: 3\n")
+    said = run("prune", "dense", *RATIO, "--recipe", "wrong.yaml").said
+    assert (
+        "'wrong.yaml' has an unknown setting 'batchsize'; did you mean 'batch_size'? Choose from: aggregation, batch_size, " in said
+    )
+    assert "--" not in said
+    (place / "wrong.yaml").unlink()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

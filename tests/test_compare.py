@@ -229,6 +229,8 @@ def test_names_are_told_apart(tmp_path: Path) -> None:
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     one = write(tmp_path / "one", report())
+    with pytest.raises(UsageError, match=r"given one by one: compare\('a', 'b'\)"):
+        fxprune.compare([one, one])  # type: ignore[arg-type] # what a user may try
     with pytest.raises(UsageError, match=f"a comparison needs two checkpoints or more, got '{one}' alone"):
         fxprune.compare(one)
     with pytest.raises(UsageError, match="there is no directory '/no/such'"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,10 @@ import pytest
 
 import fxprune
 from fxprune.criteria import AGGREGATIONS, CRITERIA
+from fxprune.data import Source
+from fxprune.data.templates import contents
 from fxprune.recipes import RECIPES, SETTINGS
+from fxprune.recovery.settings import RECIPES as RECOVERIES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -84,6 +88,29 @@ def test_the_settings_of_recipes_are_all_there_with_their_values() -> None:
     assert table == {name: shown.get(name, f"`{value}`") for name, value in SETTINGS.items()}
     assert SETTINGS["kinds"] == ("kv_heads", "query_groups", "ffn")
     assert SETTINGS["protect"] == ()
+
+
+def test_the_settings_of_a_recovery_are_all_there_with_their_values() -> None:
+    part = read("recovery.md").partition("## Settings")[2].partition("## How large")[0]
+    table = {code(row[0]): row[1:3] for row in rows(part)[2:]}
+    default, paper = (RECOVERIES[name].to_json() for name in ("default", "llm-pruner"))
+
+    def shown(value: Any) -> str:
+        plain = str(value).lower() if value is None or isinstance(value, bool) else value
+        return f"`{plain:g}`" if isinstance(plain, float) else f"`{plain}`"
+
+    assert table == {n: [shown(v), "" if paper[n] == v else shown(paper[n])] for n, v in default.items()}
+
+
+def test_the_rows_that_recovery_shows_are_read() -> None:
+    part = re.findall(r"```json\n(.*?)```", read("recovery.md"), re.DOTALL)
+    found = [contents(json.loads(line), Source("a.jsonl")) for line in part[0].splitlines()]
+    assert found == [
+        "Name a colour of the sky.\n\nBlue.",
+        "The sky is\n blue.",
+        "What colour is the sky?\nBlue.",
+        "The sky is blue because air scatters short waves more than long ones.",
+    ]
 
 
 def said(name: str, value: Any) -> str:

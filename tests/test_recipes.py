@@ -163,7 +163,10 @@ def test_a_file_named_like_a_recipe_needs_its_ending(tmp_path: Path, monkeypatch
         ({"recipe": "flab"}, "the recipe builds on an unknown recipe 'flab'; did you mean 'flap'? Choose from: channel, "),
         (
             {"ratio": 0.2},
-            "the recipe has 'ratio', and how much goes is no setting of a recipe: say it beside it (ratio= in Python, --ratio on the command line)",
+            (
+                "the recipe has 'ratio', and how much goes is no setting of a recipe: say it beside it "
+                "(ratio= in Python, --ratio on the command line)"
+            ),
         ),
         ({"recipe": ["flap"]}, "the recipe builds on an unknown recipe '['flap']'; "),
         ({"samples": "many"}, "the recipe: samples must be a whole number, got 'many'"),

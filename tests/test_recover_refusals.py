@@ -194,8 +194,6 @@ def test_settings_of_text_beside_ready_examples(text: Path) -> None:
     examples = load_examples(str(text), tokenizer(), cutoff=24)
     result = trained(build("llama"), examples, tokenizer=tokenizer(), samples=20, max_steps=1)
     assert "(18 examples)" in result.report.data["training"]["sources"], "two are held out"
-    with pytest.raises(UsageError, match="completion_only is settled when text is read, and these examples have no prompts"):
-        trained(build("llama"), examples, tokenizer=tokenizer(), completion_only=True)
 
 
 def test_the_same_file_to_train_and_to_measure_on(tmp_path: Path) -> None:

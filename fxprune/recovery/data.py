@@ -216,8 +216,6 @@ def _examples(
         if int(given.lengths.max()) > settings.cutoff:
             longest = int(given.lengths.max())
             raise UsageError(f"an example has {longest} tokens, more than cutoff={settings.cutoff}: set it to {longest}")
-        if settings.completion_only and not int(given.prompts.max()):
-            raise UsageError("completion_only is settled when text is read, and these examples have no prompts: load them with it")
         return given if samples is None or samples >= len(given) else given.select(range(samples))
     if tokenizer is None:
         raise UsageError(NO_TOKENIZER)

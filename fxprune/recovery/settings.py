@@ -43,7 +43,7 @@ class Recovery:
         length: Tokens of a packed row; the cutoff if it is larger, and no more than the model reads. Without packing rows have at
             most ``cutoff`` tokens.
         packing: Several examples in a row, each blind to the others: ``auto`` where the model keeps them apart, ``on``, ``off``.
-        completion_only: Loss on answers only, where the data has prompts.
+        completion_only: Loss on answers only, where the data has prompts; ready examples know theirs.
         precision: ``fp32``, ``bf16`` (autocast), or ``auto``: bf16 on CUDA devices that have it.
         gradient_checkpointing: ``on``, ``off``, or ``auto``: where the activations would not fit otherwise.
         compile: ``torch.compile`` of the training step: ``on``, ``off``, or ``auto``: on CUDA.
