@@ -29,6 +29,7 @@ SHUFFLED_TOKENS = 2**21
 """A stream of examples is shuffled within a buffer of so many tokens, so that it need not be read to its end."""
 
 _AT_ONCE = 256
+_LITTLE = 1000  # examples of a source that may be left unread without a word, and a tenth of what was read
 
 _Item = TypeVar("_Item")
 _Piece = tuple[list[int], int]  # token ids, and how many of them are prompt
@@ -223,11 +224,11 @@ def _exhausted(reader: _Reader, taken: int, got: int, samples: int | None) -> No
 
 def _unread(ended: _Reader, others: list[tuple[_Reader, int, Iterator[_Piece]]]) -> None:
     """Say that a mixture ended with one of its sources, and more than a little of the others was not read."""
-    left = [
-        f"'{reader.source.label}'"
-        for reader, taken, stream in others
-        if len(list(islice(stream, taken // 10 + 2))) > taken // 10 + 1
-    ]
+    left = []
+    for reader, taken, stream in others:
+        little = min(taken // 10 + 1, _LITTLE)
+        if len(list(islice(stream, little + 1))) > little:
+            left.append(f"'{reader.source.label}'")
     if left:
         log.warning(
             "'%s' has no more examples, and the mixture ends with it: the rest of %s is not read; to read more, give the sources "
