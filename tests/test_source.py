@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
+from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel, T5Config
 
 import fxprune
 from fxprune.checkpoint.source import load_source
@@ -35,6 +35,14 @@ def test_another_kind_of_model_is_refused(cls: Any, tmp_path: Path) -> None:
         f"'{tmp_path / 'other'}' is no whole LlamaForCausalLM: it does not hold lm_head.weight, which would be random; its config "
         f"names {cls.__name__}. {ADVICE}"
     )
+
+
+def test_a_model_that_is_no_causal_language_model(tmp_path: Path) -> None:
+    T5Config(vocab_size=97).save_pretrained(tmp_path / "t5")
+    with pytest.raises(UsageError) as caught:
+        load_source(tmp_path / "t5")
+    said = "transformers has none with a T5Config; other models are pruned in Python, fxprune.prune(model, inputs=...)"
+    assert str(caught.value) == f"cannot load a causal language model from '{tmp_path / 't5'}': {said}"
 
 
 def without(directory: Path, part: str, **more: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from ..errors import CheckpointError, UsageError, nearest
 from ..wording import listed
 
 log = logging.getLogger("fxprune")
+
+ELSEWHERE = "other models are pruned in Python, fxprune.prune(model, inputs=...)"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -75,7 +78,10 @@ def load_source(source: str | os.PathLike[str], *, dtype: str | torch.dtype = "a
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         looked = "" if path.is_dir() else " (there is no such directory, and as a hub id it cannot be found)"
         kind_of = CheckpointError if isinstance(error, SafetensorError | RuntimeError) else UsageError
-        raise kind_of(f"cannot load a causal language model from '{name}'{looked}: {str(error).strip().splitlines()[0]}") from error
+        said = str(error).strip().splitlines()[0]
+        if other := re.search(r"Unrecognized configuration class .*?(\w+)'>", said):
+            said = f"transformers has none with a {other[1]}; {ELSEWHERE}"
+        raise kind_of(f"cannot load a causal language model from '{name}'{looked}: {said}") from error
     return (model if meta else _whole(name, model, found)).eval(), _tokenizer(name)
 
 
@@ -87,7 +93,7 @@ def _whole(name: str, model: nn.Module, found: Mapping[str, Any]) -> nn.Module:
         other = f"; its config names {', '.join(saved)}" if saved and kind not in saved else ""
         raise UsageError(
             f"'{name}' is no whole {kind}: it does not hold {listed(missing, 3)}, which would be random{other}. Name a checkpoint "
-            "of a causal language model; other models are pruned in Python, fxprune.prune(model, inputs=...)"
+            f"of a causal language model; {ELSEWHERE}"
         )
     if more := sorted(found["unexpected_keys"]):
         log.warning("'%s' holds %s, which a %s does not have: left out", name, listed(more, 3), kind)
