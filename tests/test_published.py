@@ -189,6 +189,16 @@ def test_aggregation() -> None:
     )
 
 
+def test_data_amount() -> None:
+    shown, expected = table("docs/results.md", "| samples | tokens | steps |"), {}
+    for row in results("paper_data_amount")["rows"]:
+        if row["name"] != "dense":
+            how, name = row["recovery"], row["name"].removesuffix(" samples")
+            label = f"{name}, recipe llm-pruner" if how and row["key"]["recovery"]["recipe"] == "llm-pruner" else name
+            expected[label] = [how["tokens"] if how else 0, how["steps"] if how else 0, *perplexities(row)]
+    assert_table(shown, expected)
+
+
 def test_exactness_and_fuzzing() -> None:
     exact, fuzz = results("exactness")["summary"], results("fuzz")["summary"]
     assert_sentence(
