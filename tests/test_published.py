@@ -189,6 +189,30 @@ def test_aggregation() -> None:
     )
 
 
+def test_ratios() -> None:
+    rows, shown = rows_of(results("paper_ratios")), table("docs/results.md", "| removed | LLM-Pruner: WikiText-2 |")
+    found: dict[float, list[float]] = {}
+    for ratio in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+        chosen = [rows["dense", 0.0]] * 2 if not ratio else [rows[name, ratio] for name in ("llm-pruner", "uniform")]
+        found[ratio] = [p for row in chosen if "error" not in row for p in perplexities(row)]
+    assert_table(shown, {f"{100 * ratio:.0f} %": values for ratio, values in found.items()})
+
+
+def test_layers() -> None:
+    kinds = {row["name"]: row["groups"] for row in results("paper_layers")["rows"]}
+    whole = {kind: {g["layer"]: g["curve"][-1][1] for g in groups} for kind, groups in kinds.items()}
+    assert_sentence(r"stands on \((.*?) nats without it\)", [whole["ffn"][0]], "docs/results.md")
+    assert_sentence(
+        r"the second layer's heads \((.*?)\) and the last layer's FFN \((.*?)\)",
+        [whole["kv_heads"][1], whole["ffn"][29]],
+        "docs/results.md",
+    )
+    worst = sorted((loss, kind, layer) for kind, losses in whole.items() for layer, loss in losses.items())[-3:]
+    assert [place for _, *place in reversed(worst)] == [["ffn", 0], ["kv_heads", 1], ["ffn", 29]]
+    half = sorted(min(g["curve"], key=lambda p: abs(p[0] - 768))[1] for g in kinds["ffn"])
+    assert sum(0.01 <= loss <= 0.05 for loss in half) >= 28
+
+
 def test_data_amount() -> None:
     shown, expected = table("docs/results.md", "| samples | tokens | steps |"), {}
     for row in results("paper_data_amount")["rows"]:

@@ -234,7 +234,7 @@ def show(columns: Mapping[str, Callable[[Row], Any]], rows: Sequence[Row]) -> No
     print(table(list(cells), list(zip(*cells.values(), strict=True))))
 
 
-def plot(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str, log: bool = False) -> Path:
+def plot(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str, scale: str = "linear") -> Path:
     """A line plot as a PNG file.
 
     Args:
@@ -242,7 +242,7 @@ def plot(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], *, x: s
         lines: For each label its points.
         x: Of the axis.
         y: Of the axis.
-        log: Logarithmic y axis.
+        scale: Of the y axis: ``linear``, ``log``, or ``symlog``, which is linear below 0.01 and takes what is negative.
 
     Returns:
         Where it is.
@@ -253,7 +253,8 @@ def plot(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], *, x: s
     axes: Any = figure.add_subplot()
     for label, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=label)
-    axes.set(xlabel=x, ylabel=y, **({"yscale": "log"} if log else {}))
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_yscale(scale, **({"linthresh": 0.01} if scale == "symlog" else {}))
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, target)

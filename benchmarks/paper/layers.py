@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
         found,
     )
-    plot(a.output, _lines(found), x="layer", y="rise of the loss (nats)")
+    plot(a.output, _lines(found), x="layer", y="rise of the loss (nats)", scale="symlog")
 
 
 def _row(bench: Bench, book: Book, kind: str, levels: int) -> Row:

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in found[1:]:
         if "error" not in row:
             lines[row["name"]].append((100 * row["removed"], row["perplexity"][a.text]["perplexity"]))
-    plot(a.output, lines, x="parameters removed (%)", y=f"perplexity, {a.text}", log=True)
+    plot(a.output, lines, x="parameters removed (%)", y=f"perplexity, {a.text}", scale="log")
 
 
 if __name__ == "__main__":
