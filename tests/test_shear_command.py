@@ -128,6 +128,9 @@ def test_interrupted_by_hand(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxprune.commands.shear.shear", interrupted)
     ran = run("--ratio", "0.2", "--data", "kept.jsonl", "--steps", "20", *OPTIONS)
     assert (ran.status, ran.out) == (130, "")
+    assert ran.said.endswith("fxprune: interrupted; there was no state to keep yet")
+    Path("out.shearing/knowledge").mkdir(parents=True)
+    ran = run("--ratio", "0.2", "--data", "kept.jsonl", "--steps", "20", *OPTIONS)
     assert ran.said.endswith("fxprune: interrupted; the same command goes on from the state in 'out.shearing'")
 
 
