@@ -176,10 +176,10 @@ def test_a_dry_run_says_what_form_a_real_run_has(run: Run) -> None:
         assert (said in json.loads(ran.out)["note"]) is told
 
 
-def test_what_a_criterion_without_text_leaves_of_the_recipe(run: Run) -> None:
+def test_what_a_criterion_without_text_leaves_of_the_recipe(run: Run, tmp_path: Path) -> None:
     said = "recipe none: l2 reads no text, so nothing is measured or compensated; --recipe says otherwise"
     for number, (more, told) in enumerate((((), True), (("--recipe", "magnitude"), False))):
-        ran = run("prune", "dense", "--ratio", "0.1", "--criterion", "l2", *more, "-o", f"told{number}")
+        ran = run("prune", "dense", "--ratio", "0.1", "--criterion", "l2", *more, "-o", str(tmp_path / f"told{number}"))
         assert (ran.status, said in ran.said) == (0, told)
 
 

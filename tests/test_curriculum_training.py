@@ -325,7 +325,7 @@ def test_the_dense_model_runs_for_its_measurement_alone(files: tuple[str, str], 
     calls.clear()
     taught(made, teacher=model, output=tmp_path / "out", checkpoint_every=1)
     handle.remove()
-    assert len(calls) == 3  # to see that it predicts the same tokens, and twice whether it keeps packed examples apart
+    assert len(calls) == 4  # to see that it predicts the same tokens, and thrice whether it keeps packed examples apart
 
 
 def test_the_dense_model_may_teach_too(files: tuple[str, str]) -> None:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted({*(ROOT / "fxprune").rglob("*.py"), *(ROOT / "passes").rglob("*.py")})
 KINDS = {
     "UsageError": ValueError,
+    "RecipeError": ValueError,
     "CaptureError": RuntimeError,
     "PlanError": ValueError,
     "VerificationError": RuntimeError,

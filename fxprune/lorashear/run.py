@@ -213,6 +213,10 @@ class _Shearing:
             "lhspg": round(training.position.seconds, 3),
         }
         seconds["prune"] = round(time.perf_counter() - start, 3)
+        told = report.note
+        for note in parts.notes:  # said once
+            told = told.replace(note, "")
+        told = told.strip("; ")
         found = ShearReport(
             recipe=self.name,
             settings=parts.settings.to_json(),
@@ -228,11 +232,7 @@ class _Shearing:
             recovery=None,
             tokens=_tokens(training),
             seconds=seconds,
-            notes=[
-                *parts.run.notes,
-                *(note for note in parts.notes if note not in report.note),
-                *([report.note] if report.note else []),
-            ],
+            notes=[*parts.run.notes, *parts.notes, *([told] if told else [])],
             versions=versions(),
             run=work.run,
         )
