@@ -189,7 +189,7 @@ def known_tokens(model: nn.Module) -> int | None:
     """How many tokens a model has an embedding for; None for one without embeddings."""
     try:
         found: Any = model.get_input_embeddings()  # type: ignore[operator] # of transformers' models
-    except (AttributeError, NotImplementedError, TypeError):
+    except (AttributeError, NotImplementedError):  # no such method, or transformers' "this class has none"
         found = None
     if isinstance(rows := getattr(getattr(found, "weight", None), "shape", (None,))[0], int):
         return rows

@@ -74,7 +74,9 @@ def test_a_damaged_state_falls_back_to_the_one_before(damage: str, tmp_path: Pat
     assert again is not None
     assert again[0].step == 2
     assert torch.equal(again[1]["a"], torch.full((50,), 2.0))
-    for step in (1, 2):
+    state.write(position(3), {"a": torch.ones(50)})
+    assert [p.name for p in sorted(state.path.glob("step-*"))] == ["step-000000002", "step-000000003"], "both whole, both kept"
+    for step in (2, 3):
         harm(state.path / f"step-{step:09d}", damage)
     with pytest.raises(CheckpointError, match=r"out.recovering' is damaged \(.*\); start over with --restart \(restart=True\)"):
         state.read()

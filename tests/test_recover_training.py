@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import fxprune
-from fxprune.data import load_examples, packs_apart
+from fxprune.data import Examples, load_examples, packs_apart
 from fxprune.errors import UsageError
 from fxprune.recovery import loop
 from fxprune.recovery.adapters import merged, prepare
@@ -100,19 +100,22 @@ def test_the_seed_decides_everything(text: Path) -> None:
     assert torch.equal(state, torch.get_rng_state()), "the caller's random state was touched"
 
 
+def mean_loss(model: Any, examples: Examples) -> float:
+    """Over all tokens that are learned, each example run alone."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for ids, labels in (examples[i] for i in range(len(examples))):
+            total += float(functional.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], labels[1:], reduction="sum"))
+            count += len(labels) - 1
+    return total / count
+
+
 def test_packed_rows_give_the_loss_of_their_examples(text: Path) -> None:
     """The first step's loss over all packed rows is the mean over all tokens of the examples, each run alone."""
     result = trained(pruned(), str(text), batch_size=500, max_steps=1, validation_samples=0, micro_batch_size=7, lr=1e-9)
     assert result.report.choices["packing"] is True
     examples = load_examples(str(text), tokenizer(), cutoff=24)
-    model: Any = pruned().model
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for i in range(len(examples)):
-            ids, labels = examples[i]
-            total += float(functional.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], labels[1:], reduction="sum"))
-            count += len(labels) - 1
-    assert losses(result) == pytest.approx([total / count], rel=1e-5)
+    assert losses(result) == pytest.approx([mean_loss(pruned().model, examples)], rel=1e-5)
     assert result.report.tokens == examples.tokens
 
 
@@ -128,13 +131,7 @@ def test_a_model_that_counts_its_positions_otherwise(text: Path) -> None:
             parameter.mul_(8)  # so that positions matter
     held = load_examples(str(write_text(text.parent / "held.jsonl", rows=20, seed=3)), tokenizer(), cutoff=24)
     result = trained(model, str(text), tokenizer=tokenizer(), validation=held, packing="off", max_steps=1, cutoff=24)
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for i in range(len(held)):
-            ids, labels = held[i]
-            total += float(functional.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], labels[1:], reduction="sum"))
-            count += len(labels) - 1
-    assert result.report.validation[0]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert result.report.validation[0]["perplexity"] == pytest.approx(math.exp(mean_loss(model, held)), rel=1e-4)
 
 
 @pytest.mark.parametrize(("warmup", "noted"), [(3, False), (4, True), (100, True), (0.9, False)])

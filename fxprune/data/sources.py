@@ -26,6 +26,9 @@ WANTED = "text, content or document; instruction and output; prompt and completi
 
 TEMPLATES = ("auto", "text", "alpaca", "prompt", "chat")
 
+COLUMNS = {"alpaca": ("instruction", "input", "output"), "prompt": ("prompt", "completion")}
+"""What templates that read several columns read, in this order."""
+
 FILE_KINDS = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 
 Sources: TypeAlias = "str | os.PathLike[str] | Source | Iterable[str | os.PathLike[str] | Source] | Mapping[str, float]"
@@ -64,8 +67,9 @@ class Source:
             raise UsageError(f"the weight of '{self.name}' must be a positive number, got {self.weight}")
         if self.template not in TEMPLATES:
             raise UsageError(f"unknown template '{self.template}' of '{self.name}'; {nearest(self.template, TEMPLATES)}")
-        reads = {"alpaca": "instruction, input and output", "prompt": "prompt and completion"}.get(self.template)
-        if reads is not None and self.column is not None:
+        if self.template in COLUMNS and self.column is not None:
+            *most, last = COLUMNS[self.template]
+            reads = f"{', '.join(most)} and {last}"
             raise UsageError(f"the template {self.template} reads the columns {reads}: leave out [{self.column}] of '{self.name}'")
 
     @property
@@ -315,8 +319,9 @@ def text_of(row: Mapping[str, Any], source: Source) -> str:
         if any(c in row and row[c] is None for c in TEXT_COLUMNS):
             return ""
         name = _plain(source)
-        for column in (c for c in TEXT_COLUMNS if c in row):
-            raise UsageError(f"the column '{column}' of '{name}' holds a {type(row[column]).__name__}, not text")
+        other = next((c for c in TEXT_COLUMNS if c in row), None)
+        if other is not None:
+            raise UsageError(f"the column '{other}' of '{name}' holds a {type(row[other]).__name__}, not text")
         raise UsageError(
             f"'{name}' has no column of text; it has {', '.join(row) or 'none'}, wanted {WANTED}; rename them, or name one as "
             f"{name}[column]"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError, nearest
-from .sources import Source, reason, rows, text_of
+from .sources import COLUMNS, Source, reason, rows, text_of
 
 ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -22,7 +22,7 @@ ALPACA = (
 (``templates/alpaca.json``)."""
 
 CHAT_COLUMNS = ("messages", "conversations")
-PAIR = ("prompt", "completion")
+PAIR = COLUMNS["prompt"]
 TOOLS = ("tool_calls", "tool_call_id", "name")
 """What a turn may have beside its words; a chat template that knows of tools writes it."""
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
@@ -63,11 +63,11 @@ def render(row: Mapping[str, Any], source: Source, tokenizer: Any = None) -> Exa
     if template == "chat":
         return _chat(_turns(row, source), source, tokenizer)
     if template == "alpaca":
-        instruction, given, output = _columns(row, source, ("instruction", "input", "output"))
+        instruction, given, output = _columns(row, source, template)
         prompt = ALPACA_INPUT if given else ALPACA
         return Example(prompt.format(instruction=instruction, input=given), output)
     if template == "prompt":
-        return Example(*_columns(row, source, PAIR))
+        return Example(*_columns(row, source, template))
     return Example("", text_of(row, source))
 
 
@@ -104,7 +104,7 @@ def contents(row: Mapping[str, Any], source: Source) -> str:
         return "\n".join(turn["content"] for turn in _turns(row, source))
     if template == "text":
         return text_of(row, source)
-    return "\n".join(_columns(row, source, PAIR if template == "prompt" else ("instruction", "input", "output")))
+    return "\n".join(_columns(row, source, template))
 
 
 def documents(source: Source) -> Iterator[str]:
@@ -125,12 +125,11 @@ def _template(row: Mapping[str, Any], source: Source) -> str:
     return "alpaca" if "instruction" in row and "output" in row else "prompt" if all(c in row for c in PAIR) else "text"
 
 
-def _columns(row: Mapping[str, Any], source: Source, columns: Sequence[str]) -> tuple[str, ...]:
+def _columns(row: Mapping[str, Any], source: Source, template: str) -> tuple[str, ...]:
     """The texts of the columns that a template reads; an absent value, and Alpaca's absent input, is an empty text."""
     values = []
-    for column in columns:
+    for column in COLUMNS[template]:
         if column not in row and column != "input":
-            template = "prompt" if column in PAIR else "alpaca"
             raise UsageError(
                 f"'{source.label}' has no column '{column}', which the template {template} reads; {nearest(column, row)}"
             )

@@ -308,7 +308,7 @@ def _diverged(step: int, loss: float, settings: Recovery, state: StateDirectory 
     what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
     if step == 1 and not math.isfinite(loss):
         return FxPruneError(
-            f"{what} at step 1, before anything was trained: the model is damaged, or too large numbers for its dtype"
+            f"{what} at step 1, before anything was trained: the model is damaged, or its numbers are too large for its dtype"
         )
     last = state.last_step() if state is not None else None
     kept = f"; the last good state, of step {last}, is kept in '{state.typed}'" if state is not None and last is not None else ""

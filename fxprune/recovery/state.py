@@ -152,8 +152,8 @@ class StateDirectory:
         """
         work = self.path / ".part"
         target = self.path / f"step-{position.step:09d}"
-        for unreadable in self._damaged:
-            shutil.rmtree(unreadable, ignore_errors=True)
+        while self._damaged:  # once: the run may write a whole state of the same step
+            shutil.rmtree(self._damaged.pop(), ignore_errors=True)
         if target.exists():
             return
         try:
