@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .data.sources import parse_sources, reason
 from .data.templates import texts
-from .errors import FxPruneError, UsageError
+from .errors import FxPruneError, UsageError, check_seed, check_whole
 from .mode import evaluating
 from .wording import counted
 
@@ -57,10 +57,9 @@ def load_calibration(
             something else than tensors.
         FxPruneError: The model's own text is not finite.
     """
-    if samples < 1 or length < 2:
-        raise UsageError(f"calibration needs at least 1 sample of 2 tokens, got samples={samples}, length={length}")
-    if batch_size < 1:
-        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+    for name, value, least in (("samples", samples, 1), ("length", length, 2), ("batch_size", batch_size, 1)):
+        check_whole(name, value, least)
+    check_seed(seed)
     length = min(length, longest_input(model) or length)
     if source is None:
         ids = sample_from(model, samples, length, seed)

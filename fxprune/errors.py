@@ -34,6 +34,29 @@ class CheckpointError(FxPruneError, RuntimeError):
     """A checkpoint could not be written or read back faithfully."""
 
 
+def check_whole(name: str, value: object, least: int, below: int | None = None) -> None:
+    """Refuse what is no number to count with; True and False are none.
+
+    Args:
+        name: What it is called.
+        value: What was given.
+        least: The smallest.
+        below: One more than the largest, if there is one.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if below is not None and value >= below:
+        raise UsageError(f"{name} must be below {below}, got {value}")
+
+
+def check_seed(seed: object) -> None:
+    """Refuse what generators of random numbers do not take as a seed."""
+    check_whole("seed", seed, 0, 2**63)
+
+
 def nearest(typed: str, choices: Iterable[str]) -> str:
     """The tail of an error message that offers the closest valid choice, then all of them.
 

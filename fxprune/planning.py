@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from .calibration import Calibration, load_calibration
 from .criteria import CRITERIA, Criterion, UserCriterion, check_aggregation, find_criterion
 from .data.overlap import Sketch
-from .errors import PlanError, UsageError, nearest
+from .errors import PlanError, UsageError, check_seed, check_whole, nearest
 from .groups import LAYERS, Groups
 from .passes.batches import Loss, Progress
 from .passes.compensation import check_compensation
@@ -82,9 +82,9 @@ class Planning:
         check_aggregation(self.aggregation)
         check_compensation(self.compensation)
         check_layers_by(self.layers_by)
-        for name in ("levels", "sensitivity_samples", "rounds"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("samples", "length", "batch_size", "levels", "sensitivity_samples", "rounds"):
+            check_whole(name, getattr(self, name), 2 if name == "length" else 1)
+        check_seed(self.seed)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the plan's recipe."""

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..criteria import Criterion, UserCriterion, aggregate, check_aggregation, find_criterion
-from ..errors import FxPruneError, UsageError
+from ..errors import FxPruneError, UsageError, check_seed, check_whole
 from ..groups import Groups, Member, PruneGroup
 from .activations import collect_moments
 from .base import Pass
@@ -109,9 +109,9 @@ def score(
         leave out groups whose units no linear map contracts (the halves of a rotary pair, for example).
 
     Raises:
-        UsageError: An unknown criterion or aggregation, no calibration where it is needed, batches without the inputs that the
-            model was traced with, a criterion or loss that returns something else than it should, or an activation criterion for
-            a model without any linear map that contracts a prunable group.
+        UsageError: An unknown criterion or aggregation, an impossible seed, no calibration where it is needed, batches without the
+            inputs that the model was traced with, a criterion or loss that returns something else than it should, or an activation
+            criterion for a model without any linear map that contracts a prunable group.
         FxPruneError: Weights, loss or scores that are NaN or infinite.
     """
     found = find_criterion(criterion)
@@ -123,6 +123,7 @@ def score(
     wanted = [g for g in groups.values() if g.prunable]
     _check_weights(groups)
     if isinstance(found, Criterion) and found.name == "random":
+        check_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         return {g.name: torch.rand(g.size, generator=generator) for g in wanted}
     ledger = _Ledger(groups, wanted)
@@ -354,8 +355,7 @@ def _mixed(
 
 def _shares(ledger: _Ledger, sweeps: int) -> list[list[str]]:
     """At most ``sweeps`` runs of consecutive parameters, of about the same number of elements."""
-    if sweeps < 1:
-        raise UsageError(f"sweeps must be at least 1, got {sweeps}")
+    check_whole("sweeps", sweeps, 1)
     total, done = sum(ledger.weight(n).numel() for n in ledger.parameters), 0
     shares: dict[int, list[str]] = {}
     for name in ledger.parameters:

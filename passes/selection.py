@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from ..errors import PlanError, UsageError, nearest
+from ..errors import PlanError, UsageError, check_whole, nearest
 from ..groups import KINDS, LAYERS, Groups, PruneGroup, layer_of
 from ..names import BLOCK_SCORES
 from ..plan import PrunePlan
@@ -109,8 +109,8 @@ class Selection:
             )
         if not 0 <= self.floor < 1:
             raise UsageError(f"floor is a share of units from 0 up to (not including) 1, got {self.floor}")
-        if any(not isinstance(m, int) or m < 1 for m in multiples.values()):
-            raise UsageError(f"multiple must be a whole number, at least 1, got {self.multiple}")
+        for kind, multiple in multiples.items():
+            check_whole(f"multiple of {kind}" if isinstance(self.multiple, Mapping) else "multiple", multiple, 1)
 
     @property
     def pace(self) -> dict[str, float]:

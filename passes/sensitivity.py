@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from ..errors import FxPruneError, UsageError, nearest
+from ..errors import FxPruneError, UsageError, check_whole, nearest
 from ..groups import Groups, PruneGroup
 from ..plan import PrunePlan
 from .base import Pass
@@ -135,8 +135,8 @@ def measure_curves(
     if not calibration:
         raise UsageError("sensitivity is measured on calibration batches, and there are none")
     for name, value in (("levels", levels), ("samples", samples), ("ahead", ahead)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} must be at least 1, got {value}")
+        if value is not None:
+            check_whole(name, value, 1)
     if by not in MEASURES:
         raise UsageError(f"unknown measure '{by}'; {nearest(str(by), MEASURES)}")
     if by == "divergence" and loss is not None:

@@ -89,7 +89,7 @@ def test_batches_hold_so_many_samples() -> None:
     batches, _ = load_calibration(TEXTS, **options, batch_size=3)
     assert [tuple(b["input_ids"].shape) for b in batches] == [(3, 3), (3, 3), (1, 3)]
     assert torch.equal(torch.cat([b["input_ids"] for b in batches]), load(TEXTS, samples=7)[0])
-    assert error(TEXTS, batch_size=0) == "batch_size must be at least 1, got 0"
+    assert error(TEXTS, batch_size=0) == "batch_size must be a whole number of at least 1, got 0"
 
 
 def test_text_of_just_one_sample() -> None:
@@ -234,8 +234,8 @@ def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
 
 
 def test_sizes_are_checked() -> None:
-    assert error(TEXTS, samples=0) == "calibration needs at least 1 sample of 2 tokens, got samples=0, length=3"
-    assert error(None, length=1) == "calibration needs at least 1 sample of 2 tokens, got samples=4, length=1"
+    assert error(TEXTS, samples=0) == "samples must be a whole number of at least 1, got 0"
+    assert error(None, length=1) == "length must be a whole number of at least 2, got 1"
 
 
 def llama(**options: Any) -> LlamaForCausalLM:

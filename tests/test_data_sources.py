@@ -7,14 +7,17 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fxprune.data import Source, parse_sources, rows, texts
+from fxprune.data import Source, documents, load_examples, parse_sources, rows, texts
 from fxprune.data.sources import by_name, json_lines, text_lines
 from fxprune.errors import UsageError
+
+from .zoo import tokenizer
 
 
 def error(call: Any, *args: Any, **kwargs: Any) -> str:
@@ -213,6 +216,14 @@ def test_wrong_columns(tmp_path: Path, column: str | None, text: str) -> None:
     path.write_text('{"id": 1, "body": "words"}\n')
     assert error(texts, Source(str(path), column=column)) == text
     assert list(texts(Source(str(path), column="body"))) == ["words"]
+
+
+def test_the_row_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "w1"}\n\n{"text": "w2"}\n{"text": 3}\n')
+    said = "the column 'text' of 'a.jsonl' holds a int, not text (row 3)"
+    for read in (texts, documents, partial(load_examples, tokenizer=tokenizer())):
+        assert error(read, Source(str(path))) == said
 
 
 def test_unknown_datasets_offline() -> None:

@@ -104,9 +104,9 @@ def test_what_perplexity_refuses(model: nn.Module) -> None:
     for stride in (0, 13):
         with pytest.raises(UsageError, match=f"got length=12, stride={stride}"):
             perplexity(model, tokens(50), length=12, stride=stride)
-    with pytest.raises(UsageError, match="must be at least 1, got batch_size=0, max_windows=None"):
+    with pytest.raises(UsageError, match="batch_size must be a whole number of at least 1, got 0"):
         perplexity(model, tokens(50), length=12, batch_size=0)
-    with pytest.raises(UsageError, match="must be at least 1, got batch_size=8, max_windows=0"):
+    with pytest.raises(UsageError, match="max_windows must be a whole number of at least 1, got 0"):
         perplexity(model, tokens(50), length=12, max_windows=0)
     with pytest.raises(UsageError, match="the model reads at most 64 tokens, fewer than one window of 65"):
         perplexity(model, tokens(200), length=65)
@@ -181,7 +181,7 @@ def test_latency_reads_once_and_decodes_with_the_cache() -> None:
 
 def test_what_latency_refuses(model: nn.Module) -> None:
     for name in ("prompt", "new_tokens", "repeats", "batch"):
-        with pytest.raises(UsageError, match=f"{name} must be at least 1, got 0"):
+        with pytest.raises(UsageError, match=f"{name} must be a whole number of at least 1, got 0"):
             measure_latency(model, **{name: 0})
     with pytest.raises(UsageError, match="the model reads at most 64 tokens, fewer than a prompt of 60 and 16 new ones"):
         measure_latency(model, prompt=60)

@@ -289,7 +289,7 @@ def test_arguments_that_are_refused(model: nn.Module, tokenizer: Any, files: Pat
         fxprune.evaluate(model, tokenizer, tasks=["bolq"])
     with pytest.raises(UsageError, match="texts and tasks need a tokenizer: pass tokenizer="):
         fxprune.evaluate(model, tasks=["boolq"], data=files)
-    with pytest.raises(UsageError, match="limit must be at least 1, got limit=0"):
+    with pytest.raises(UsageError, match="limit must be a whole number of at least 1, got 0"):
         fxprune.evaluate(model, tokenizer, data=files, limit=0)
     with pytest.raises(UsageError, match="an evaluation runs on token ids, and Linear has no vocabulary"):
         fxprune.evaluate(nn.Linear(2, 2), tasks=())
@@ -440,7 +440,7 @@ def test_latency_alone(run: Run) -> None:
         (("small", "--tasks", "boolq,pica"), 2, "unknown task 'pica'; did you mean 'piqa'"),
         (("small", "--tasks", "all", "--data", "none"), 2, "there is no directory 'none' with task files"),
         (("small", "--tasks", "all", "--data", "small"), 2, "there is no boolq.jsonl.gz (nor boolq.jsonl) in 'small'"),
-        (("small", "--tasks", "all", "--data", ".", "--limit", "0"), 2, "limit must be at least 1, got --limit 0"),
+        (("small", "--tasks", "all", "--data", ".", "--limit", "0"), 2, "limit must be a whole number of at least 1, got 0"),
         (("small", "--text", "ptb.txt.gz", "--data", "."), 2, "--data names a directory of task files: say --tasks all"),
         (("small", "--text", "ptb.txt.gz", "--protocol", "gptq"), 2, "unknown protocol 'gptq'; choose from: llm-pruner, stream"),
         (("small", "--texts", "ptb"), 2, "'ptb' is not of the form name=FILE,name=FILE with a different name for each"),

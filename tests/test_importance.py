@@ -246,7 +246,8 @@ def test_usage_errors(traced: Traced) -> None:
     )
     assert error(*model) == "criterion 'taylor1' needs calibration batches, and there are none"
     assert error(*model, criterion=doubled) == "criterion 'doubled' needs calibration batches, and there are none"
-    assert error(*model, criterion="taylor_mixed", calibration=given, sweeps=0) == "sweeps must be at least 1, got 0"
+    swept = error(*model, criterion="taylor_mixed", calibration=given, sweeps=0)
+    assert swept == "sweeps must be a whole number of at least 1, got 0"
     wrong = error(*model, criterion=lambda name, weight, gradient: weight.sum(), calibration=given)
     assert re.fullmatch(r"the criterion must return scores of the weight's shape \(\d+(,|, \d+)\) for '[\w.]+'", wrong)
     assert error(*model, calibration=[{"input_ids": given[0]["input_ids"]}]) == (

@@ -85,10 +85,10 @@ def test_something_else_than_an_optimizer() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"warmup": -1}, "warmup must be a whole number, at least 0, got -1"),
-        ({"warmup": 0.5}, "warmup must be a whole number, at least 0, got 0.5"),
-        ({"periods": 0}, "periods must be a whole number, at least 1, got 0"),
-        ({"period_steps": True}, "period_steps must be a whole number, at least 1, got True"),
+        ({"warmup": -1}, "warmup must be a whole number of at least 0, got -1"),
+        ({"warmup": 0.5}, "warmup must be a whole number of at least 0, got 0.5"),
+        ({"periods": 0}, "periods must be a whole number of at least 1, got 0"),
+        ({"period_steps": True}, "period_steps must be a whole number of at least 1, got True"),
         ({"projection": "halfspace"}, "unknown projection 'halfspace'; did you mean 'half-space'?"),
         ({"penalty": -0.1}, "penalty must be 0 or a positive number, got -0.1"),
         ({"epsilon": 1.0}, "epsilon must be at least 0 and below 1, got 1.0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -194,6 +195,35 @@ def test_settings_of_text_beside_ready_examples(text: Path) -> None:
     examples = load_examples(str(text), tokenizer(), cutoff=24)
     result = trained(build("llama"), examples, tokenizer=tokenizer(), samples=20, max_steps=1)
     assert "(18 examples)" in result.report.data["training"]["sources"], "two are held out"
+
+
+@pytest.mark.parametrize(("rows", "same"), [(["w1 w2 w3", "w4 w5"] * 20, 4), ([f"w1 w{n}" for n in range(40)], 0)])
+def test_short_examples_that_are_trained_and_measured_on(rows: list[str], same: int, tmp_path: Path) -> None:
+    path = tmp_path / "short.jsonl"
+    path.write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    notes = trained(build("llama"), str(path), tokenizer=tokenizer(), max_steps=1).report.notes
+    said = [note for note in notes if "word by word" in note]
+    whole = f"{same} of the 4 examples that recovery measures on are trained on too, word by word: what it measures looks better "
+    whole += "than it is"
+    assert said == [whole] * bool(same)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "nowhere"}, "cannot use device 'nowhere': "),
+        ({"device": "meta"}, "cannot use device 'meta': it holds no numbers"),
+        ({"device": "cuda:63"}, "cannot use device 'cuda:63': "),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"seed": 2**63}, "seed must be below 9223372036854775808, got 9223372036854775808"),
+    ],
+)
+def test_devices_and_seeds_that_are_none(options: dict[str, Any], said: str, text: Path) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(said)}"):
+        fxprune.recover(build("llama"), str(text), tokenizer=tokenizer(), **options)
+    if "seed" in options:
+        with pytest.raises(UsageError, match=f"^{re.escape(said)}$"):
+            fxprune.prune(build("llama"), 0.2, criterion="random", **options)
 
 
 def test_the_same_file_to_train_and_to_measure_on(tmp_path: Path) -> None:

@@ -123,8 +123,8 @@ def test_out_of_reach(coarse: Groups) -> None:
         ),
         ({"ratio": 0.2, "widths": "equal"}, "unknown widths 'equal'; choose from: per-layer, uniform"),
         ({"ratio": 0.2, "floor": 1.0}, "floor is a share of units from 0 up to (not including) 1, got 1.0"),
-        ({"ratio": 0.2, "multiple": 0}, "multiple must be a whole number, at least 1, got 0"),
-        ({"ratio": 0.2, "multiple": {"ffn": 2.5}}, "multiple must be a whole number, at least 1, got {'ffn': 2.5}"),
+        ({"ratio": 0.2, "multiple": 0}, "multiple must be a whole number of at least 1, got 0"),
+        ({"ratio": 0.2, "multiple": {"ffn": 2.5}}, "multiple of ffn must be a whole number of at least 1, got 2.5"),
         (
             {"ratio": 0.2, "rankings": "local"},
             (

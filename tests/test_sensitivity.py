@@ -181,8 +181,8 @@ def test_refusals(llama: Case) -> None:
         return str(raised.value)
 
     assert error([]) == "sensitivity is measured on calibration batches, and there are none"
-    assert error(levels=0) == "levels must be at least 1, got 0"
-    assert error(samples=0) == "samples must be at least 1, got 0"
+    assert error(levels=0) == "levels must be a whole number of at least 1, got 0"
+    assert error(samples=0) == "samples must be a whole number of at least 1, got 0"
     assert error(names=["model.hidden"]) == (
         "the sensitivity of group 'model.hidden' cannot be measured: a norm, a softmax or a router looks at all of its units"
     )

@@ -163,7 +163,7 @@ def test_lanes_that_cannot_be_measured(llama: Case) -> None:
     plan = planned(llama, {"model.layers.0.mlp.ffn": 20})
     refused("^the groups of 'both' must be of one size, and lose equally many", lanes=LANES, plan=plan)
     refused("^names= and lanes= both say what to measure: give one of them$", lanes=LANES, names=["model.layers.0.mlp.ffn"])
-    refused("^ahead must be at least 1, got 0$", ahead=0)
+    refused("^ahead must be a whole number of at least 1, got 0$", ahead=0)
 
 
 def test_a_plan_that_drops_layers(llama: Case) -> None:

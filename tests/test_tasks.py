@@ -297,9 +297,9 @@ def test_files_that_are_refused(model: nn.Module, tokenizer: Any, tmp_path: Path
 def test_arguments_that_are_refused(model: nn.Module, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="unknown task 'arc_esy'; did you mean 'arc_easy'"):
         score_tasks(model, tokenizer, ["boolq", "arc_esy"], data=tmp_path)
-    with pytest.raises(UsageError, match="limit must be at least 1, got limit=0"):
+    with pytest.raises(UsageError, match="limit must be a whole number of at least 1, got 0"):
         score_tasks(model, tokenizer, data=tmp_path, limit=0)
-    with pytest.raises(UsageError, match="batch_size must be at least 1, got batch_size=0"):
+    with pytest.raises(UsageError, match="batch_size must be a whole number of at least 1, got 0"):
         score_tasks(model, tokenizer, data=tmp_path, batch_size=0)
     write(tmp_path, "boolq", [task_row("boolq", raw) for raw in raw_rows("boolq", 3)])
     with pytest.raises(UsageError, match="lm-eval needs a Hugging Face tokenizer, got SimpleNamespace"):

@@ -22,7 +22,8 @@ from benchmarks.gpu import importance, latency, recovery
 from benchmarks.gpu.scale import SCALES
 from benchmarks.gpu.session import Session
 from benchmarks.paper.common import Book, run
-from fxprune.commands.common import check_device, quiet_libraries
+from fxprune.commands.common import quiet_libraries
+from fxprune.devices import find_device
 from fxprune.errors import UsageError, nearest
 
 PARTS: dict[str, Callable[[Session], None]] = {"importance": importance.run, "latency": latency.run, "recovery": recovery.run}
@@ -48,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("peak_tflops", "forward_rows", "repeats"):
         if (value := getattr(a, name)) is not None and value <= 0:
             raise UsageError(f"--{name.replace('_', '-')} must be above 0, got {value:g}")
-    check_device(a.device)
+    device = find_device(a.device)
     quiet_libraries()
-    scale, device = SCALES[a.model_shape], torch.device(a.device)
+    scale = SCALES[a.model_shape]
     a.threads = torch.get_num_threads()
     book = Book(a.output, a, "gpu")
     book.current["command"] = book.current["command"].replace("benchmarks.paper.gpu", "benchmarks.gpu")

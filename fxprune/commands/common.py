@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import progress as bars
 from rich.console import Console
 from torch import nn
 
 from ..api import PruneResult
 from ..checkpoint.source import load_source
+from ..devices import find_device
 from ..errors import UsageError
 from ..groups import family_of
 from ..passes.batches import Progress
@@ -82,22 +82,12 @@ class _Lines:
 def load_model(arguments: argparse.Namespace, *, meta: bool = False) -> tuple[nn.Module, Any]:
     """The model and tokenizer (or None) that the arguments name, on their device."""
     quiet_libraries()
-    check_device(arguments.device)
+    find_device(arguments.device)
     model, tokenizer = load_source(arguments.model, dtype=arguments.dtype, meta=meta)
     try:
         return (model if meta else model.to(arguments.device)), tokenizer
     except RuntimeError as error:
         raise UsageError(f"cannot use device '{arguments.device}': {str(error).splitlines()[0]}") from error
-
-
-def check_device(device: str) -> None:
-    """Try a device out before a model is loaded."""
-    if device.partition(":")[0] == "meta":
-        raise UsageError("cannot use device 'meta': it holds no numbers; to see groups without weights, say groups --meta")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"cannot use device '{device}': {str(error).splitlines()[0]}") from error
 
 
 def check_share(share: float) -> None:

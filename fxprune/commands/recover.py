@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..devices import find_device
 from ..errors import UsageError
 from ..names import PLAN_FILE
 from ..plotting import check_plot
@@ -21,7 +22,7 @@ from ..recovery.run import recover
 from ..recovery.settings import settings_of
 from ..recovery.state import SUFFIX
 from ..wording import counted
-from .common import check_device, console, goes_on, interrupted, progress, quiet_libraries
+from .common import console, goes_on, interrupted, progress, quiet_libraries
 
 FLAGS = (
     "samples",
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_plot(arguments.plot)
     state = f"{arguments.output.rstrip('/')}{SUFFIX}"
     quiet_libraries()
-    check_device(arguments.device)
+    find_device(arguments.device)
     main = int(os.environ.get("RANK", "0")) == 0
     if main and Path(arguments.model).is_dir() and not (Path(arguments.model) / PLAN_FILE).is_file():
         console.print(f"note        '{arguments.model}' holds no plan of fxprune: it is trained as it is", markup=False)

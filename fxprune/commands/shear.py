@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from ..devices import find_device
 from ..errors import UsageError
 from ..knowledge import Knowledge
 from ..lorashear.budget import Budget
@@ -15,7 +16,7 @@ from ..lorashear.settings import settle
 from ..lorashear.work import SUFFIX
 from ..plotting import check_plot
 from ..recovery.plot import plot_curriculum
-from .common import check_device, console, goes_on, interrupted, progress, quiet_libraries
+from .common import console, goes_on, interrupted, progress, quiet_libraries
 from .recover import overrides_of, show_curriculum
 
 FLAGS = (
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError("--plot draws the recovery, and shear_share is 1: there is none")
     state = f"{arguments.output.rstrip('/')}{SUFFIX}"
     quiet_libraries()
-    check_device(arguments.device)
+    find_device(arguments.device)
     own = {name: value for name, value in settings.to_json().items() if name in given}
     changes = f", with {_said(own)}" if own else ""
     console.print(f"recipe      {arguments.recipe or 'default'}{changes}", markup=False, highlight=False)

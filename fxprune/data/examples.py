@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..passes.batches import Progress
-from .sources import Source, Sources, parse_sources, rows
-from .templates import Example, render
+from .sources import Source, Sources, parse_sources
+from .templates import Example, each, render
 
 log = logging.getLogger("fxprune")
 
@@ -303,9 +303,8 @@ class _Reader:
             yield from self._cut(rest + self.end)
 
     def _rendered(self) -> Iterator[Example]:
-        for row in rows(self.source):
+        for example in each(self.source, lambda row: render(row, self.source, self.tokenizer)):
             self.rows += 1
-            example = render(row, self.source, self.tokenizer)
             if example.completion.strip() or (example.prompt and not self.skip_empty):
                 yield example
             else:

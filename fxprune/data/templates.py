@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import UsageError, nearest
 from .sources import COLUMNS, Source, reason, rows, text_of
@@ -27,6 +27,8 @@ TOOLS = ("tool_calls", "tool_call_id", "name")
 """What a turn may have beside its words; a chat template that knows of tools writes it."""
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 """Names of roles in ``from``/``value`` conversations (ShareGPT), as chat templates name them."""
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def texts(source: Source, tokenizer: Any = None) -> Iterator[str]:
     Raises:
         UsageError: As `rows` and `render`.
     """
-    return (whole_text(row, source, tokenizer) for row in rows(source))
+    return each(source, lambda row: whole_text(row, source, tokenizer))
 
 
 def contents(row: Mapping[str, Any], source: Source) -> str:
@@ -109,7 +111,20 @@ def contents(row: Mapping[str, Any], source: Source) -> str:
 
 def documents(source: Source) -> Iterator[str]:
     """`contents` of every row: what two sources are compared by."""
-    return (contents(row, source) for row in rows(source))
+    return each(source, lambda row: contents(row, source))
+
+
+def each(source: Source, make: Callable[[Mapping[str, Any]], _Made]) -> Iterator[_Made]:
+    """What is made of each row of a source, one after the other.
+
+    Raises:
+        UsageError: As `rows`; what ``make`` raises on a row after the first is raised with the row's number (from 1 on).
+    """
+    for number, row in enumerate(rows(source), start=1):
+        try:
+            yield make(row)
+        except UsageError as error:
+            raise (UsageError(f"{error} (row {number})") if number > 1 else error) from error
 
 
 def _template(row: Mapping[str, Any], source: Source) -> str:

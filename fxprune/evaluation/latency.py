@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..calibration import longest_input, vocabulary_of
-from ..errors import UsageError
+from ..errors import UsageError, check_seed, check_whole
 from ..mode import evaluating
 
 
@@ -54,11 +54,11 @@ def measure_latency(
         seed: Of the prompt.
 
     Raises:
-        UsageError: A number below 1, more tokens than the model reads, or no vocabulary.
+        UsageError: A number that makes no sense, more tokens than the model reads, or no vocabulary.
     """
     for name, value in (("prompt", prompt), ("new_tokens", new_tokens), ("repeats", repeats), ("batch", batch)):
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, got {value}")
+        check_whole(name, value, 1)
+    check_seed(seed)
     size = check_latency(model, prompt=prompt, new_tokens=new_tokens)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)

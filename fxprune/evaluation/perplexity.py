@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import longest_input
-from ..errors import FxPruneError, UsageError
+from ..errors import FxPruneError, UsageError, check_whole
 from ..mode import evaluating
 from ..passes.batches import Progress, logits_of
 
@@ -121,8 +121,9 @@ def window_starts(
     if length < 2 or not 1 <= step <= length:
         got = f"length={length}" + (f", stride={stride}" if stride is not None else "")
         raise UsageError(f"length must be at least 2 and stride between 1 and length, got {got}")
-    if batch_size < 1 or (max_windows is not None and max_windows < 1):
-        raise UsageError(f"batch_size and max_windows must be at least 1, got batch_size={batch_size}, max_windows={max_windows}")
+    check_whole("batch_size", batch_size, 1)
+    if max_windows is not None:
+        check_whole("max_windows", max_windows, 1)
     longest = longest_input(model)
     if longest is not None and length > longest:
         raise UsageError(f"the model reads at most {longest} tokens, fewer than one window of {length}")

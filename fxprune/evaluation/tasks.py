@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..data.sources import json_lines
-from ..errors import UsageError, nearest
+from ..errors import UsageError, check_whole, nearest
 from ..passes.batches import Progress
 
 AVERAGED = {
@@ -146,8 +146,8 @@ def score_tasks(
 def check_numbers(**numbers: int | None) -> None:
     """Raise `UsageError` for a number that is given and below 1."""
     for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise UsageError(f"{name} must be at least 1, got {name}={number}")
+        if number is not None:
+            check_whole(name, number, 1)
 
 
 def read_tasks(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, check_whole, nearest
 from ..groups import LAYERS, Groups
 from ..passes.selection import Selection
 
@@ -24,8 +24,7 @@ def check_settings(warmup: int, periods: int, period_steps: int, projection: str
         UsageError: A value makes no sense.
     """
     for name, value, least in (("warmup", warmup, 0), ("periods", periods, 1), ("period_steps", period_steps, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UsageError(f"{name} must be a whole number, at least {least}, got {value!r}")
+        check_whole(name, value, least)
     if projection not in PROJECTIONS:
         raise UsageError(f"unknown projection '{projection}'; {nearest(str(projection), PROJECTIONS)}")
     if not 0 <= penalty < math.inf:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, check_whole
 from ..wording import counted
 from .settings import Shearing
 
@@ -31,9 +31,8 @@ class Budget:
         if (self.tokens is None) == (self.steps is None):
             raise UsageError("say how long to train: one of tokens (--tokens) and steps (--steps), not both or neither")
         for name in ("tokens", "steps"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise UsageError(f"{name} must be a whole number of at least 1, got {value!r}")
+            if (value := getattr(self, name)) is not None:
+                check_whole(name, value, 1)
 
     def left(self, tokens: int, steps: int) -> dict[str, Any]:
         """What is left for recovery, as a limit of `fxprune.recover`.

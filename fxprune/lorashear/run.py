@@ -25,6 +25,7 @@ from ..checkpoint.directory import check_apart, check_target, new_directory
 from ..checkpoint.save import save_pruned
 from ..checkpoint.source import load_source
 from ..data import Sources
+from ..devices import find_device
 from ..errors import UsageError
 from ..files import read_json, write_whole
 from ..knowledge import Knowledge
@@ -110,6 +111,7 @@ def shear(
     known = knowledge if knowledge is None or isinstance(knowledge, Knowledge) else Knowledge.load(knowledge)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("a shearing runs in one process: start it without torchrun; fxprune recover can go on with several")
+    device = None if device is None else find_device(device)
     work = WorkDirectory(output)
     if work.delivered and not restart:
         work.remove()
@@ -123,7 +125,7 @@ def shear(
     with ExitStack() as stack:
         dense = _subject(model, tokenizer, dtype)
         home = next(dense.model.parameters()).device
-        world = find_world(torch.device(home if device is None else device))
+        world = find_world(device or home)
         stack.callback(dense.model.to, home)
         subject = replace(dense, model=copy.deepcopy(dense.model).to(world.device))
         longest = longest_input(subject.model)

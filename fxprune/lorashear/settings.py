@@ -9,7 +9,7 @@ from typing import Any
 
 from ..criteria import CRITERIA
 from ..data import Sources
-from ..errors import UsageError, nearest
+from ..errors import UsageError, check_whole, nearest
 from ..groups import LAYERS
 from ..passes.knowledge import check_options
 from ..passes.selection import Selection
@@ -109,9 +109,7 @@ class Shearing:
         object.__setattr__(self, "saliency", _weights(self.saliency))
         for name in ("protect_first", "protect_last", "knowledge_samples", "knowledge_length", "criterion_samples", "periods"):
             least = {"knowledge_length": 2}.get(name, 0 if name.startswith("protect") else 1)
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            check_whole(name, getattr(self, name), least)
         for name in ("protect_share", "shear_share", "warmup_share"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from ..data import Examples, Source, Sources, by_name, parse_sources
-from ..errors import UsageError, nearest
+from ..errors import UsageError, check_whole, nearest
 from ..wording import counted
 from .settings import Recovery
 
@@ -68,9 +68,7 @@ class Curriculum:
         if self.weights not in WEIGHTS:
             raise UsageError(f"unknown weights '{self.weights}' of a curriculum; {nearest(self.weights, WEIGHTS)}")
         for name, least in (("rounds", 1), ("patience", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UsageError(f"{name} of a curriculum must be a whole number of at least {least}, got {value!r}")
+            check_whole(f"{name} of a curriculum", getattr(self, name), least)
         if not _number(self.threshold) or self.threshold < 0:
             raise UsageError(f"threshold of a curriculum must be a number of at least 0, got {self.threshold!r}")
         if not _number(self.floor) or not 0 < self.floor <= 1:

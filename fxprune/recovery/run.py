@@ -19,6 +19,7 @@ from ..calibration import known_tokens, longest_input
 from ..checkpoint.directory import check_apart, check_target
 from ..checkpoint.source import load_source
 from ..data import Batches, Examples, Source, Sources, packs_apart
+from ..devices import find_device
 from ..errors import UsageError
 from ..mode import quiet, without_cache
 from ..passes.batches import Progress, logits_of
@@ -100,6 +101,7 @@ def recover(
         raise UsageError(
             "there is a teacher and nothing to learn from it: set distill_weight (--set distill_weight=0.5) or hidden_weight"
         )
+    device = None if device is None else find_device(device)
     read = _given(data, curriculum, teacher, overrides)
     held = None if validation is None else sources_of(validation)
     if output is not None:
@@ -118,7 +120,7 @@ def recover(
         settings, notes = settings.within(longest)
         if isinstance(data, Examples) and len(data):
             settings = replace(settings, cutoff=max(settings.cutoff, int(data.lengths.max())))
-        world = find_world(_home(subject.model, device))
+        world = find_world(device or next(subject.model.parameters()).device)
         reading: dict[str, Any] = {"progress": progress if world.main else None}
         if isinstance(read, Curriculum):
             loaded = load_stages(read, held, subject.tokenizer, settings, **reading)
@@ -175,10 +177,6 @@ def _files(given: tuple[Source, ...] | Examples | Curriculum | None) -> list[Pat
 
 def _graph(subject: Subject) -> bool:
     return isinstance(subject.model, GraphModule)
-
-
-def _home(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    return next(model.parameters()).device if device is None else torch.device(device)
 
 
 @dataclass

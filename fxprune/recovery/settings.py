@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, check_seed, nearest
 
 METHODS = ("lora", "full")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -117,8 +117,9 @@ class Recovery:
             "validation_every",
             "patience",
         )
-        for name in (*unsigned, "checkpoint_every", "seed"):
+        for name in (*unsigned, "checkpoint_every"):
             _least(self, name, 0)
+        check_seed(self.seed)
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if not 0 <= self.distill_weight <= 1:
