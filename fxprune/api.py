@@ -205,6 +205,7 @@ def prune(
     levels: int | None = None,
     sensitivity_samples: int | None = None,
     rounds: int | None = None,
+    stock: bool | None = None,
     seed: int = 0,
     verify_inputs: Any = None,
     check: bool = True,
@@ -241,6 +242,8 @@ def prune(
         sensitivity_samples: For ``measured`` ranking: how many of the samples the loss is measured on.
         rounds: For ``measured`` ranking: into how many equal parts the budget is cut; the loss is measured before each is spent,
             beside what is gone by then.
+        stock: With uniform widths: leave whole what no configuration of the model's class can have fewer of, so that stock
+            classes load the checkpoint.
         seed: For calibration sampling and random scores.
         verify_inputs: What to verify on; by default the example inputs.
         check: Verify (on by default).
@@ -269,6 +272,7 @@ def prune(
         "levels": levels,
         "sensitivity_samples": sensitivity_samples,
         "rounds": rounds,
+        "stock": stock,
     }
     if isinstance(plan, str | os.PathLike):
         plan = PrunePlan.load(plan)

@@ -211,6 +211,11 @@ def _prune(parser: argparse.ArgumentParser) -> None:
         "--ranking", help="how the budget is spread: local (every layer alike), global, standardised or measured (by the loss)"
     )
     what.add_argument("--widths", help="uniform (the same in every layer: loads everywhere) or per-layer")
+    what.add_argument(
+        "--stock",
+        action=argparse.BooleanOptionalAction,
+        help="with uniform widths: leave whole what stock classes cannot have fewer of (recipe uniform does)",
+    )
     what.add_argument("--protect-first", type=int, metavar="K", help="leave the first K layers whole")
     what.add_argument("--protect-last", type=int, metavar="K", help="leave the last K layers whole")
     what.add_argument("--protect", action="append", metavar="PATTERN", help="leave groups of this name whole")

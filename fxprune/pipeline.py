@@ -214,9 +214,11 @@ class RecipeImportance(Pass):
     def call(self, graph_module: GraphModule) -> PassResult:
         """Score and annotate; the graph is not modified."""
         groups = groups_of(graph_module)
-        influence = self.planner.weigh_blocks(graph_module, groups)
-        scores, notes = self.planner.weigh_units(graph_module, groups)
-        graph_module.meta[SCORES], graph_module.meta[WEIGHED] = scores, (influence, notes)
+        fixed, said = self.planner.fixed(groups)
+        planner = self.planner.leaving(fixed)
+        influence = planner.weigh_blocks(graph_module, groups)
+        scores, notes = planner.weigh_units(graph_module, groups)
+        graph_module.meta[SCORES], graph_module.meta[WEIGHED] = scores, (fixed, influence, [*said, *notes])
         return PassResult(graph_module, False)
 
 
@@ -232,8 +234,9 @@ class RecipeSelection(Pass):
         meta = graph_module.meta
         if SCORES not in meta or WEIGHED not in meta:
             raise UsageError("no scores of the recipe on the graph: run its RecipeImportance pass before the RecipeSelection pass")
-        influence, notes = meta[WEIGHED]
-        meta[PLAN] = self.planner.choose(graph_module, groups_of(graph_module), meta[SCORES], influence, notes)
+        fixed, influence, notes = meta[WEIGHED]
+        planner = self.planner.leaving(fixed)
+        meta[PLAN] = planner.choose(graph_module, groups_of(graph_module), meta[SCORES], influence, notes)
         return PassResult(graph_module, False)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from .calibration import Calibration, load_calibration
+from .checkpoint.stock import fixed_in_stock
 from .criteria import CRITERIA, Criterion, UserCriterion, check_aggregation, find_criterion
 from .data.overlap import Sketch
 from .errors import PlanError, UsageError, check_seed, check_whole, nearest
@@ -29,6 +30,7 @@ from .passes.selection import Selection, lanes_of, select
 from .passes.sensitivity import measure_curves
 from .plan import PrunePlan
 from .recipes import SETTINGS, RecipeLike, read_recipe
+from .wording import listed
 
 log = logging.getLogger("fxprune")
 
@@ -61,6 +63,7 @@ class Planning:
         levels: Steps into which a group is cut where sensitivity is measured.
         sensitivity_samples: How many of the samples sensitivity is measured on.
         rounds: Into how many equal parts the budget is cut: before each is spent, sensitivity is measured beside what is gone.
+        stock: Leave whole what no stock configuration can have fewer of; see `fxprune.checkpoint.stock.fixed_in_stock`.
         seed: Of calibration and random scores.
     """
 
@@ -74,6 +77,7 @@ class Planning:
     levels: int
     sensitivity_samples: int
     rounds: int
+    stock: bool
     seed: int
 
     def check(self) -> None:
@@ -84,6 +88,8 @@ class Planning:
         check_layers_by(self.layers_by)
         for name in ("samples", "length", "batch_size", "levels", "sensitivity_samples", "rounds"):
             check_whole(name, getattr(self, name), 2 if name == "length" else 1)
+        if not isinstance(self.stock, bool):
+            raise UsageError(f"stock must be True or False, got {self.stock!r}")
         check_seed(self.seed)
 
     def to_json(self) -> dict[str, Any]:
@@ -146,6 +152,10 @@ def settle(
     if plan is not None:
         before = {name: plan.recipe[name] for name in _READ if name in plan.recipe and recipe is None and given.get(name) is None}
         settings |= {"compensation": given.get("compensation") or "none", **before}  # as much text as it was made with
+    if settings["stock"] is True and (selection.widths if selection else options.get("widths", settings["widths"])) == "per-layer":
+        if given.get("stock"):
+            raise UsageError("stock=True keeps to what stock classes load, and widths='per-layer' to no such thing: leave one out")
+        settings["stock"] = False
     how = Planning(**{f.name: settings[f.name] for f in dataclasses.fields(Planning) if f.name in settings}, seed=seed)
     how.check()
     if plan is not None or selection is not None:
@@ -158,7 +168,7 @@ def settle(
     return how, Selection(ratio=ratio, **own)
 
 
-_CHOOSE = frozenset({"criterion", "aggregation", "layers_by", "levels", "sensitivity_samples", "rounds"})
+_CHOOSE = frozenset({"criterion", "aggregation", "layers_by", "levels", "sensitivity_samples", "rounds", "stock"})
 """Settings of how units are chosen."""
 
 _READ = frozenset({"samples", "length", "batch_size"})
@@ -253,9 +263,21 @@ class Planner:
 
     def plan(self, gm: GraphModule, groups: Groups) -> PrunePlan:
         """Every step, one after the other."""
-        influence = self.weigh_blocks(gm, groups)
-        scores, notes = self.weigh_units(gm, groups)
-        return self.choose(gm, groups, scores, influence, notes)
+        fixed, said = self.fixed(groups)
+        planner = self.leaving(fixed)
+        influence = planner.weigh_blocks(gm, groups)
+        scores, notes = planner.weigh_units(gm, groups)
+        return planner.choose(gm, groups, scores, influence, [*said, *notes])
+
+    def fixed(self, groups: Groups) -> tuple[list[str], list[str]]:
+        """(what no stock class can have fewer of, if that is asked for and the eager model known; what to say of it)."""
+        if not self.how.stock or not isinstance(self.material.model, nn.Module):
+            return [], []
+        return outside_stock(self.material.model, groups, self.chosen)
+
+    def leaving(self, patterns: Sequence[str]) -> Planner:
+        """A planner that leaves more whole."""
+        return dataclasses.replace(self, chosen=leaving(self.chosen, patterns)) if patterns else self
 
     def weigh_blocks(self, gm: GraphModule, groups: Groups) -> dict[str, float] | None:
         """The influence of each residual block, or None where blocks are not ranked by it."""
@@ -351,6 +373,26 @@ class Planner:
                     raise
         assert plan is not None
         return dataclasses.replace(plan, curves=first)
+
+
+def leaving(chosen: Selection, patterns: Sequence[str]) -> Selection:
+    """A selection that leaves more whole."""
+    return dataclasses.replace(chosen, protect=(*chosen.protect, *patterns))
+
+
+def outside_stock(model: nn.Module, groups: Groups, chosen: Selection) -> tuple[list[str], list[str]]:
+    """(patterns of what no stock configuration can have fewer of, what to say of it).
+
+    Raises:
+        PlanError: That is all that may be pruned.
+    """
+    fixed = fixed_in_stock(model, groups, chosen)
+    if not fixed:
+        return [], []
+    said = f"no stock {type(model).__name__} has fewer of {listed(fixed, 3)}"
+    if not lanes_of(groups, leaving(chosen, fixed)) and not chosen.pace.get(LAYERS):
+        raise PlanError(f"{said}, and nothing else may be pruned: name other kinds, or say stock=False (--no-stock)")
+    return fixed, [f"{said}: they stay whole (stock=False, --no-stock, prunes them too)"]
 
 
 def _beyond(points: Sequence[tuple[int, float]], earlier: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "protect": (),
     "multiple": 1,
     "floor": 0.0,
+    "stock": False,
 }
 """Every setting of a recipe, with what it is where a recipe does not say; each is a keyword of `fxprune.prune`."""
 
@@ -47,7 +48,7 @@ SEARCHED = {
 
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {**SEARCHED, "widths": "per-layer"},
-    "uniform": {**SEARCHED, "rounds": 1},  # two lanes, each measured through the whole model: parts would tell little more
+    "uniform": {**SEARCHED, "rounds": 1, "stock": True},  # two lanes, each measured through the whole model: one part will do
     "llm-pruner": {
         "criterion": "taylor1",
         "kinds": HEADS_AND_FFN,
@@ -187,6 +188,8 @@ def _misfit(key: str, value: Any, usual: Any) -> str:
         return "" if isinstance(value, str | Sequence | Mapping) else "names of kinds, or a mapping from kind to pace"
     if key == "floor":
         return "" if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
+    if type(usual) is bool:
+        return "" if type(value) is bool else "true or false"
     if type(usual) is int and key != "multiple":
         return "" if type(value) is int else "a whole number"
     return ""

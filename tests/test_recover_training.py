@@ -221,6 +221,8 @@ def test_how_long_it_runs(limits: dict[str, Any], steps: int, text: Path) -> Non
     assert len(result.report.history["lr"]) == len(losses(result)) == steps
     assert [v["step"] for v in result.report.validation] == [0, steps]
     assert result.report.tokens == result.report.history["tokens"][-1]
+    short = "max_tokens is 1 and a step reads about 82: one step is taken; for less, lower batch_size or length"
+    assert [note for note in result.report.notes if "max_tokens" in note] == [short] * (limits.get("max_tokens") == 1)
 
 
 STILL: dict[str, Any] = {"schedule": "constant", "warmup": 0, "validation_every": 1}

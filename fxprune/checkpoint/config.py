@@ -13,6 +13,7 @@ from torch import nn
 
 from ..groups import Groups
 from ..plan import PrunePlan
+from ..wording import listed
 from .eager import dropped_entries, quantities, renamed
 from .surgery import shorten_config
 
@@ -43,7 +44,7 @@ def solve_config(model: nn.Module, groups: Groups, plan: PrunePlan, added: Mappi
         A new configuration; the model's own is not changed.
 
     Raises:
-        Unsolved: There is none: widths differ between layers, or the class ties sizes together.
+        Unsolved: There is none: widths differ between layers, or the class ties sizes together. Names the groups in the way.
     """
     if hasattr(model.config, "fxprune"):
         raise Unsolved("the model itself has the per-layer form")
@@ -62,7 +63,7 @@ def solve_config(model: nn.Module, groups: Groups, plan: PrunePlan, added: Mappi
     options = dict(_options(config, groups, plan))
     chosen: dict[str, Any] = {}
     spare = bool(added)
-    best, problem = _mismatches(model, config, chosen, wanted, spare)
+    best, problem, wrong = _mismatches(model, config, chosen, wanted, spare)
     refusal = ""
     flat = [(key, value) for key, values in options.items() for value in values]
     moves = [dict([move]) for move in flat]  # one field at a time, then two: a class may refuse either change alone
@@ -75,16 +76,17 @@ def solve_config(model: nn.Module, groups: Groups, plan: PrunePlan, added: Mappi
             for move in stage:
                 if best == 0:
                     break
-                wrong, why = _mismatches(model, config, {**chosen, **move}, wanted, spare)
-                if wrong < best:
-                    best, chosen, problem = wrong, {**chosen, **move}, why
-                elif wrong == REFUSED and stage is moves:
+                count, why, names = _mismatches(model, config, {**chosen, **move}, wanted, spare)
+                if count < best:
+                    best, chosen, problem, wrong = count, {**chosen, **move}, why, names
+                elif count == REFUSED and stage is moves:
                     refusal = refusal or why
             if best in (0, start):
                 break
         if best == 0:
             return _with(config, chosen)
-    raise Unsolved(refusal or problem)
+    guilty = {groups[n].family: None for n in plan.keep if any(renamed(m.name, drop) in wrong for m in groups[n].members)}
+    raise Unsolved((refusal or problem) + (f" (in the way: {listed(list(guilty), 3)})" if guilty else ""))
 
 
 def _wanted_shapes(model: nn.Module, groups: Groups, plan: PrunePlan, drop: Mapping[str, list[int]]) -> dict[str, tuple[int, ...]]:
@@ -183,8 +185,8 @@ def _with(config: Any, chosen: Mapping[str, Any]) -> Any:
 
 def _mismatches(
     model: nn.Module, config: Any, chosen: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], spare: bool
-) -> tuple[int, str]:
-    """How many parameters of a stock model of this configuration have another shape, and why it was refused if it was.
+) -> tuple[int, str, set[str]]:
+    """How many parameters of a stock model of this configuration have another shape, what to say of that, and their names.
 
     With ``spare``, biases that nobody wants do not count.
     """
@@ -198,8 +200,10 @@ def _mismatches(
         return (
             REFUSED,
             f"{type(config).__name__} refuses {dict(chosen)}: {text[-1].strip()[:200] if text else type(error).__name__}",
+            set(),
         )
     shapes = {n: tuple(p.shape) for n, p in built.named_parameters(remove_duplicate=False)}
-    more = [n for n in set(shapes) - set(wanted) if not (spare and n.endswith(".bias"))]
-    wrong = sum(shapes.get(n) != s for n, s in wanted.items()) + len(more)
-    return wrong, f"{wrong} parameters would have another shape in a stock {type(model).__name__}" if wrong else ""
+    wrong = {n for n, s in wanted.items() if shapes.get(n) != s}
+    wrong |= {n for n in set(shapes) - set(wanted) if not (spare and n.endswith(".bias"))}
+    said = f"{len(wrong)} parameters would have another shape in a stock {type(model).__name__}" if wrong else ""
+    return len(wrong), said, wrong

@@ -93,7 +93,7 @@ def operate(
         undo = _set(pruned, {**changes, **chosen})
         failure = same(pruned)
         if failure is None:
-            log.info("eager model matched at attempt %d with %s", attempt + 1, chosen)
+            log.info("the eager model equals the graph, with %d attributes set beside its widths", len(chosen))
             spec["attributes"] = _by_module({**changes, **chosen})
             earlier = getattr(getattr(model, "config", None), "fxprune", None)
             return Surgery(pruned.eval(), spec if earlier is None else combined(earlier, spec))

@@ -28,7 +28,7 @@ from ..passes.importance import score
 from ..passes.knowledge import protecting
 from ..passes.selection import Selection, select
 from ..plan import PrunePlan
-from ..planning import Planning, settle
+from ..planning import Planning, leaving, outside_stock, settle
 from ..table import wide_console
 from .common import check_share, console, describe_widths, dump, load_model, progress, show_result
 
@@ -41,7 +41,7 @@ SHARE = 0.1
 
 def run(arguments: argparse.Namespace) -> int:
     """Prune a model and write a checkpoint."""
-    plan, selection = _checked(arguments)
+    plan, selection, stock = _checked(arguments)
     model, tokenizer = load_model(arguments)
     most = longest_input(model)
     if most is not None and (arguments.length or 0) > most:
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         graph = trace(model, example_inputs(model))
         Knowledge.load(arguments.knowledge).check(groups_of(graph))
     if arguments.dry_run:
-        return _dry_run(model, graph, plan, selection, as_json=arguments.json)
+        return _dry_run(model, graph, plan, selection, stock=stock, as_json=arguments.json)
     if arguments.calibration and tokenizer is None:
         raise UsageError(f"calibration text needs a tokenizer, and there is none beside '{arguments.model}'")
     if tokenizer is None:
@@ -86,8 +86,11 @@ def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
-def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection | None]:
-    """What to remove; everything that can be refused without a model is refused here, before one is loaded."""
+def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection | None, bool]:
+    """What to remove, and whether stock classes have to load what is left.
+
+    Everything that can be refused without a model is refused here, before one is loaded.
+    """
     if arguments.json and not arguments.dry_run:
         raise UsageError("--json is for --dry-run: a prune's numbers are in OUTPUT/fxprune_report.json")
     if not arguments.dry_run:
@@ -114,14 +117,14 @@ def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection
         raise UsageError("--protect-share is a share of what fxprune sensitivity measured: name its file with --knowledge")
     plan = PrunePlan.load(arguments.plan) if arguments.plan else None
     given = _given(arguments, HOW)
-    _, selection = settle(arguments.recipe, given, arguments.ratio, None, plan, _given(arguments, WHAT), arguments.seed)
+    how, selection = settle(arguments.recipe, given, arguments.ratio, None, plan, _given(arguments, WHAT), arguments.seed)
     if arguments.knowledge and selection is not None:
         selection = _protecting(
             selection, arguments.knowledge, SHARE if arguments.protect_share is None else arguments.protect_share
         )
     if arguments.calibration:
         read_texts(arguments.calibration)
-    return plan, selection
+    return plan, selection, how.stock
 
 
 def _protecting(selection: Selection, file: str, share: float) -> Selection:
@@ -131,21 +134,30 @@ def _protecting(selection: Selection, file: str, share: float) -> Selection:
 
 
 def _dry_run(
-    model: nn.Module, graph: GraphModule | None, plan: PrunePlan | None, selection: Selection | None, *, as_json: bool
+    model: nn.Module,
+    graph: GraphModule | None,
+    plan: PrunePlan | None,
+    selection: Selection | None,
+    *,
+    stock: bool,
+    as_json: bool,
 ) -> int:
     """Widths and cost from shapes; which units they are is decided by magnitude, which needs no calibration."""
     guessed, wanted = plan is None, selection
     gm = graph if graph is not None else trace(model, example_inputs(model))
-    groups = groups_of(gm)
+    groups, said = groups_of(gm), list[str]()
     if plan is None:
         assert selection is not None
+        if stock:
+            fixed, said = outside_stock(model, groups, selection)
+            selection = leaving(selection, fixed)
         if selection.ranking == "measured":  # how the budget is spread needs the loss; what it comes to does not
             selection = replace(selection, ranking="local")
         plan = select(groups, score(gm, groups, criterion="l1"), selection)
     else:
         plan.check(groups)
     before, after = costs(groups, plan)
-    notes = [note] if (note := plan.recipe.get("note")) else []
+    notes = [*said, *([note] if (note := plan.recipe.get("note")) else [])]
     if guessed:
         notes.append("scored by magnitude, without calibration; the widths of a real run may differ")
     if guessed and wanted is not None and wanted.ranking == "measured" and wanted.widths == "per-layer":

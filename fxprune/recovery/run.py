@@ -266,6 +266,7 @@ class RecoveryRun:
         schedules = [stage.plan.steps for stage in stages] or [self._steps(len(batches))]
         plan = self.fit(student, sum(schedules))
         self._note_warmup(min(schedules))
+        self._note_tokens(batches.examples.tokens / len(batches))
         self.trained = sum(p.numel() for p in trained(student).values())
         wrapped = world.wrap(student)
         parts = (student, wrapped, teacher if settings.distils else None, batches, held, plan, world, state, progress)
@@ -284,12 +285,24 @@ class RecoveryRun:
         if 1 <= settings.warmup >= steps:
             of = "the run" if self.curriculum is None else "a stage"
             peak = settings.rate(steps - 1, steps) / settings.lr
-            self.notes.append(
+            self._warn(
                 f"the warm-up takes {counted(int(settings.warmup), 'step')} and {of} has {steps:,}: the learning rate gets no "
                 f"further than {peak:.0%} of lr; set a shorter warmup, or a share such as 0.03"
             )
-            if self.world.main:
-                log.warning("%s", self.notes[-1])
+
+    def _note_tokens(self, per_step: float) -> None:
+        """Say that one step reads more than the budget is; a curriculum divides it among its stages, a step each at least."""
+        limit = self.settings.max_tokens
+        if self.curriculum is None and limit is not None and limit < per_step / 2:
+            self._warn(
+                f"max_tokens is {limit:,} and a step reads about {per_step:,.0f}: one step is taken; for less, lower batch_size or "
+                "length"
+            )
+
+    def _warn(self, said: str) -> None:
+        self.notes.append(said)
+        if self.world.main:
+            log.warning("%s", said)
 
     def fit(self, student: nn.Module, steps: int) -> Plan:
         """How so many steps run on this device: rows at a time, recomputed activations, compiled or not."""
