@@ -27,7 +27,9 @@ QUICK: dict[str, Any] = {"recipe": "uniform", "levels": 2, "sensitivity_samples"
 def classifier() -> nn.Module:
     torch.manual_seed(0)
     return BertForSequenceClassification(
-        BertConfig(vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=64, num_labels=3)
+        cast(Any, BertConfig)(
+            vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=64, num_labels=3
+        )
     ).eval()
 
 
