@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -14,10 +17,19 @@ __all__ = [
     "dynamic_size_errors",
     "guard_identity",
     "guard_scalar",
+    "quiet_trees",
 ]
 
 CANNOT_TELL = (DataDependentOutputException, DynamicOutputShapeException)
 """Raised where tensors without numbers (torch 2.11 to 2.13) do not suffice."""
+
+
+@contextmanager
+def quiet_trees() -> Iterator[None]:
+    """No warning within where torch compares trees with its own deprecated ``LeafSpec``, as copies of graphs do (torch 2.13)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        yield
 
 
 def dynamic_size_errors() -> tuple[type[BaseException], ...]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from ._compat import CANNOT_TELL, FakeTensorMode, dynamic_size_errors
+from ._compat import CANNOT_TELL, FakeTensorMode, dynamic_size_errors, quiet_trees
 from .errors import CaptureError, UsageError
 from .mode import quiet
 from .quantised import refuse_quantised
@@ -99,7 +99,8 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         except Exception as error:
             raise _explain(model, error) from error
         if any(_mutates(n) for n in exported.graph.nodes):
-            exported = exported.run_decompositions({})
+            with quiet_trees():
+                exported = exported.run_decompositions({})
     gm: GraphModule = exported.module(check_guards=False)
     canonicalise(gm, _adopt(gm, model))
     return gm

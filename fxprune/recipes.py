@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -150,13 +152,25 @@ def read_recipe(
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"cannot read the recipe '{path.name}': {' '.join(str(error).split())[:200]}") from error
     if not isinstance(data, Mapping):
         found = "it is empty" if data is None else f"not a {type(data).__name__}"
         raise RecipeError(f"the recipe '{path.name}' must hold settings with their values: {found}")
     return _checked(data, f"the recipe '{path.name}'", named, settings)
+
+
+@cache
+def _loader() -> Any:
+    """YAML's safe loader, for which ``1e-3`` is a number, as in YAML 1.2; PyYAML wants a point in it."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+    return Loader
 
 
 def _checked(

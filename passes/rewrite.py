@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import operator
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from .._compat import quiet_trees
 from ..capture import remove_dead
 from ..errors import UsageError
 from ..groups import Groups
@@ -97,8 +97,7 @@ def _copy(gm: GraphModule) -> tuple[Graph, dict[Node, Node]]:
     assert output is not None
     old_output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     new[old_output] = graph.output(output)
-    with warnings.catch_warnings():  # torch 2.13 compares with its own deprecated LeafSpec
-        warnings.simplefilter("ignore", FutureWarning)
+    with quiet_trees():
         graph.set_codegen(copy.deepcopy(gm.graph._codegen))
     for old, made in new.items():
         made.meta = {k: v for k, v in old.meta.items() if k in LASTING}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,9 @@ class Selection:
         for name in ("kinds", "protect"):  # one name is a list of one
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
+        for name, value in (("kinds", self.kinds), ("protect", self.protect)):
+            if not isinstance(value, Sequence | Set | Mapping) or not all(isinstance(each, str) for each in value):
+                raise UsageError(f"{name} must be names, got {value!r}")
         if isinstance(self.units, Mapping) and self.kinds == DEFAULT_KINDS:
             object.__setattr__(self, "kinds", tuple(self.units))
         if (self.ratio is None) == (self.units is None):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import fxprune
 from fxprune import LHSPG, Selection
@@ -23,7 +24,7 @@ def test_decomposed_adapters() -> None:
         made(*fresh(use_dora=True))
     assert "lora_A.default.weight' and '" in str(error.value)
     assert "are trained and share an axis of 5 with nothing else, as the factors of an adapter do" in str(error.value)
-    assert "LHSPG knows plain LoRA (W x + s B A x) only, and not DoRA (use_dora), AdaLoRA or other adapters" in str(error.value)
+    assert "LHSPG knows plain LoRA of linear maps and embeddings only (W x + s B A x), and not that of " in str(error.value)
 
 
 def test_adapters_of_three_factors() -> None:
@@ -38,6 +39,26 @@ def test_adapters_of_three_factors() -> None:
     gm = fxprune.trace(model.eval(), IDS)
     with pytest.raises(UsageError, match=r"share an axis of 4 with nothing else, as the factors of an adapter do"):
         made(model, gm, fxprune.find_groups(gm))
+
+
+def test_adapters_of_convolutions() -> None:
+    """Their rank is an axis of channels."""
+    from peft import LoraConfig, get_peft_model
+
+    net = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 16, 3, padding=1), nn.Flatten(2))
+    model: Any = get_peft_model(net, LoraConfig(r=4, target_modules=["0", "2"])).eval()
+    gm = fxprune.trace(model, (torch.randn(2, 3, 8, 8),))
+    said = (
+        "'base_model.model.0.lora_A.default.weight' is trained, and its product is not added to what one linear map computes: LHSPG"
+    )
+    with pytest.raises(UsageError, match=said):
+        LHSPG(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), gm, fxprune.find_groups(gm), ratio=0.2)
+
+
+def test_an_optimizer_that_evaluates_again() -> None:
+    model, gm, groups = fresh()
+    with pytest.raises(UsageError, match="LBFGS evaluates the model again within a step, which LHSPG cannot follow"):
+        LHSPG(torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad]), gm, groups, ratio=0.2)
 
 
 def test_merged_adapters() -> None:
@@ -91,6 +112,9 @@ def test_something_else_than_an_optimizer() -> None:
         ({"period_steps": True}, "period_steps must be a whole number of at least 1, got True"),
         ({"projection": "halfspace"}, "unknown projection 'halfspace'; did you mean 'half-space'?"),
         ({"penalty": -0.1}, "penalty must be 0 or a positive number, got -0.1"),
+        ({"penalty": "1e-3"}, "penalty must be a number, got '1e-3'"),
+        ({"epsilon": None}, "epsilon must be a number, got None"),
+        ({"saliency": ["magnitude"]}, "saliency is a mapping from criterion to weight, got ['magnitude']"),
         ({"epsilon": 1.0}, "epsilon must be at least 0 and below 1, got 1.0"),
         ({"saliency": {"taylor3": 1}}, "unknown saliency criterion 'taylor3'; did you mean 'taylor2'?"),
         ({"ratio": None}, "give either ratio= (share of the base model's parameters) or selection=, not both or neither"),

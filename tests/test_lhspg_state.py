@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 import warnings
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+import fxprune
 from fxprune import LHSPG
 from fxprune.errors import UsageError
 
-from .shearing import ALL, batch, fresh, named, train, trained
+from .shearing import ALL, IDS, batch, fresh, named, train, trained
+from .zoo import build
 
 SETTINGS: dict[str, Any] = {"ratio": 0.2, "warmup": 3, "periods": 3, "period_steps": 4}
 STEPS = 18
@@ -53,6 +58,38 @@ def test_an_interrupted_run_goes_on_bit_for_bit(stop: int, projection: str) -> N
     assert second.history == history
     assert {n: u.tolist() for n, u in second.zero.items()} == {n: u.tolist() for n, u in zero.items()}
     assert second.done
+
+
+@pytest.mark.parametrize("stop", [5, 7, 14])
+def test_frozen_factors_that_shrink_are_kept(stop: int) -> None:
+    """A second adapter that is active and not trained."""
+
+    def begun() -> tuple[Any, LHSPG]:
+        model = copy.deepcopy(two)
+        gm = fxprune.trace(model, IDS)
+        return model, LHSPG(torch.optim.AdamW(trained(model), lr=5e-3), gm, fxprune.find_groups(gm), **SETTINGS)
+
+    two: Any = get_peft_model(build("llama"), LoraConfig(r=3, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")).eval()
+    two.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    two.base_model.set_adapter(["default", "second"])
+    for name, parameter in two.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.05)
+        parameter.requires_grad_("lora_" in name and ".second" not in name)
+    model, whole = begun()
+    train(model, whole, STEPS)
+    expected = parameters(model)
+    model, first = begun()
+    train(model, first, stop)
+    state, kept = (
+        copy.deepcopy(first.state_dict()),
+        {n: p for n, p in parameters(model).items() if model.get_parameter(n).requires_grad},
+    )
+    model, second = begun()
+    model.load_state_dict(kept, strict=False)
+    second.load_state_dict(state)
+    train(model, second, STEPS - stop, start=stop)
+    assert [n for n, p in model.named_parameters() if not torch.equal(p, expected[n])] == []
 
 
 def test_training_without_adapters_goes_on_bit_for_bit() -> None:
@@ -95,6 +132,11 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
         UsageError, match=r"the state was taken with saliency=\{.*\}, and this optimizer has saliency='scores \w{16}'"
     ):
         weighed.load_state_dict(state)
+    for lacking in ("step", "active"):
+        with pytest.raises(UsageError, match=f"the state of LHSPG is not whole: it has no '{lacking}'"):
+            optimizer.load_state_dict({**state, "lhspg": {n: v for n, v in state["lhspg"].items() if n != lacking}})
+    with pytest.raises(UsageError, match="the state has units of 'elsewhere', which this optimizer takes none of"):
+        optimizer.load_state_dict({**state, "lhspg": {**state["lhspg"], "zero": {"elsewhere": torch.tensor([0])}}})
     _, bare = made(None)
     with pytest.raises(UsageError, match=r"the state is of another model \(fingerprint \w+, this model has \w+\)"):
         bare.load_state_dict(state)
@@ -116,6 +158,25 @@ def test_learning_rate_schedulers(around: str) -> None:
         train(model, optimizer, 4, after=after)
     assert rates == pytest.approx([5e-3, 5e-3 / 2, 5e-3 / 3, 5e-3 / 4])
     assert optimizer.param_groups is optimizer.inner.param_groups
+
+
+def test_a_state_that_the_wrapped_optimizer_loads_itself() -> None:
+    """It has other groups then: a scheduler of either still changes the rate that trains."""
+    model, optimizer = made()
+    train(model, optimizer, 2)
+    optimizer.inner.load_state_dict(copy.deepcopy(optimizer.inner.state_dict()))
+    assert optimizer.param_groups is optimizer.inner.param_groups
+    assert optimizer.state is optimizer.inner.state
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    train(model, optimizer, 2, start=2, after=lambda _: scheduler.step())
+    assert optimizer.inner.param_groups[0]["lr"] == pytest.approx(5e-3 / 3)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps])
+def test_it_is_not_copied(duplicate: Any) -> None:
+    _, optimizer = made()
+    with pytest.raises(UsageError, match=r"an LHSPG belongs to its model's parameters: keep its state_dict\(\), and load that"):
+        duplicate(optimizer)
 
 
 def test_a_part_of_the_trial_goes_at_the_rate_of_its_adapter() -> None:

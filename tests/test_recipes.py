@@ -193,6 +193,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("criterion: [", "cannot read the recipe 'mine.yaml': while parsing a flow node"),
         ("- criterion", "the recipe 'mine.yaml' must hold settings with their values: not a list"),
         ("", "the recipe 'mine.yaml' must hold settings with their values: it is empty"),
+        ("floor: 1e-1\nlevels: two", "the recipe 'mine.yaml': levels must be a whole number, got 'two'"),
         ("levels: two", "the recipe 'mine.yaml': levels must be a whole number, got 'two'"),
         ("wides: uniform", "the recipe 'mine.yaml' has an unknown setting 'wides'; did you mean 'widths'?"),
         ("recipe: flop", "the recipe 'mine.yaml' builds on an unknown recipe 'flop'; did you mean 'flap'?"),

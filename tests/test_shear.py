@@ -452,6 +452,83 @@ def test_killed_while_clearing_up(files: list[str], tmp_path: Path, monkeypatch:
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_another_run_after_one_that_was_killed_while_clearing_up(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkDirectory, "remove", killed)
+        with pytest.raises(Killed):
+            sheared(out, files[0], steps=10, shear_share=1, protect_share=0)
+    with pytest.raises(UsageError, match=r"the output directory '.*out' exists and is not empty"):
+        sheared(out, files[0], ratio=0.3, steps=10, shear_share=1, protect_share=0)
+    assert not (tmp_path / "out.shearing").exists(), "its output stood already"
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkDirectory, "remove", killed)
+        with pytest.raises(Killed):
+            sheared(out, files[0], steps=10, shear_share=1, protect_share=0, overwrite=True)
+    result = sheared(out, files[0], ratio=0.3, steps=10, shear_share=1, protect_share=0, overwrite=True)
+    assert result.report.ratio == 0.3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "said"), [("run.json", "the state of the shearing in '.*' is damaged"), ("scores.safetensors", "")]
+)
+def test_damaged_state(damaged: str, said: str, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importance is measured again; what says whose a state is cannot be, and --restart begins anew."""
+    out, options = tmp_path / "out", dict[str, Any](steps=10, shear_share=1, criterion="kfac")
+    expected = sheared(tmp_path / "whole", files[0], **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.Parts, "train", killed)
+        with pytest.raises(Killed):
+            sheared(out, files[0], **options)
+    file = tmp_path / "out.shearing" / damaged
+    file.write_bytes(file.read_bytes()[:50])
+    if said:
+        with pytest.raises(UsageError, match=said + r": start over with --restart \(restart=True\)"):
+            sheared(out, files[0], **options)
+    assert not sheared(out, files[0], restart=bool(said), **options).plan.diff(expected.plan)
+
+
+def test_a_checkpoint_that_was_damaged_before_it_was_put_in_place(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read first: what stood in its place stays, and so does the state."""
+    out, options = tmp_path / "out", dict[str, Any](steps=10, protect_share=0, overwrite=True)
+    before = sheared(out, files[0], **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Shearing, "deliver", killed)
+        with pytest.raises(Killed):
+            sheared(out, files[0], ratio=0.1, **options)
+    file = tmp_path / "out.shearing" / "recovered" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(CheckpointError, match=r"out\.shearing/recovered' is damaged: .*; start over with --restart"):
+        sheared(out, files[0], ratio=0.1, **options)
+    assert sum(p.numel() for p in fxprune.load(out).parameters()) == before.report.parameters_after
+    assert file.is_file()
+
+
+def test_stages_that_are_not_in_a_list(files: list[str], tmp_path: Path) -> None:
+    result = sheared(tmp_path / "out", files[0], then=files[2], steps=10, protect_share=0)
+    assert result.report.recovery is not None
+    assert len(result.report.recovery["curriculum"]["stages"]) == 2
+
+
+def test_kinds_of_which_nothing_can_go_are_named(files: list[str], tmp_path: Path) -> None:
+    """No adapter of ours reaches the experts of a mixture."""
+    model = build("mixtral")
+    note = (
+        "all groups of kind 'ffn' stay whole ('model.layers.0.mlp.experts.ffn': none of its weights is trained or has an adapter)"
+    )
+    result = sheared(tmp_path / "out", files[0], model=model, ratio=0.05, steps=10, shear_share=1, protect_share=0)
+    assert note in result.report.notes
+    with pytest.raises(
+        PlanError, match=r"at most .* can go; .*; LHSPG takes nothing of 'model\.layers\.0\.mlp\.experts\.ffn' \(none"
+    ):
+        sheared(tmp_path / "more", files[0], model=model, ratio=0.6, steps=10, shear_share=1, protect_share=0)
+
+
 def test_a_loss_that_is_not_finite_and_a_full_disk(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was reached stays, and the same call goes on."""
     out, options = tmp_path / "out", {"shear_share": 1, "protect_share": 0, "steps": 8}

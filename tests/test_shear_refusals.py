@@ -107,6 +107,13 @@ def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"recipe": "llm-pruner"}, "unknown recipe 'llm-pruner'; choose from: default, lorashear"),
         ({"recipe": {"perods": 3}}, "the recipe has an unknown setting 'perods'; did you mean 'periods'?"),
         ({"recipe": {"rounds": 2.5}}, "the recipe: rounds must be a whole number, got 2.5"),
+        ({"recipe": {"penalty": None}}, "penalty must be a number, got None"),
+        ({"recipe": {"penalty": "little"}}, "penalty must be a number, got 'little'"),
+        ({"recipe": {"protect": None}}, "protect must be names, got None"),
+        ({"recipe": {"projection": 3}}, "projection must be a text, got 3"),
+        ({"kinds": 3}, "kinds must be names, got 3"),
+        ({"saliency": None}, "saliency must be names, got None"),
+        ({"stage_shares": 3}, "stage_shares must be numbers, one for each stage, got 3"),
         ({"knowledge": "nowhere.json"}, "cannot read 'nowhere.json'"),
         ({"model": "nowhere/at/all"}, "there is no directory 'nowhere/at/all'"),
         ({"model": 3}, "cannot shear a int: expected a Hugging Face model, a directory or a hub id"),
@@ -255,8 +262,13 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     again = WorkDirectory(tmp_path / "out")
     assert again.stages == {"begun": {}}
     (one.path / "run.json").write_text("{}")
-    with pytest.raises(UsageError, match="is not the working directory of a shearing"):
+    with pytest.raises(UsageError, match=r"out\.shearing' is damaged: start over with --restart"):
         WorkDirectory(tmp_path / "out")
+    assert WorkDirectory(tmp_path / "out", restart=True).stages == {}
+    (one.path / "notes.txt").write_text("mine")
+    for restart in (False, True):
+        with pytest.raises(UsageError, match="is not the working directory of a shearing"):
+            WorkDirectory(tmp_path / "out", restart=restart)
 
 
 # --- settings and budgets ---------------------------------------------------------------------------------------------------------

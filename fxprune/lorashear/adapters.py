@@ -89,6 +89,12 @@ def factors_of(adapters: Mapping[str, tuple[Adapter, ...]]) -> set[str]:
     return {name for own in adapters.values() for adapter in own for name in adapter.factors}
 
 
+KNOWN = (
+    "LHSPG knows plain LoRA of linear maps and embeddings only (W x + s B A x), and not that of convolutions, of parameters "
+    "(target_parameters) or of routers, nor DoRA (use_dora), AdaLoRA or other adapters"
+)
+
+
 def refuse_unknown(groups: Groups, factors: Collection[str], trained: Collection[str]) -> None:
     """Stop where trained parameters look like an adapter of a kind that `find_adapters` does not know.
 
@@ -111,9 +117,11 @@ def refuse_unknown(groups: Groups, factors: Collection[str], trained: Collection
         if group.kind == "other" and group.prunable and len(matrices) > 1 and unknown:
             raise UsageError(
                 f"'{matrices[0]}' and '{matrices[1]}' are trained and share an axis of {group.size} with nothing else, as the "
-                "factors of an adapter do, but their product is not added to what one weight computes: LHSPG knows plain LoRA "
-                "(W x + s B A x) only, and not DoRA (use_dora), AdaLoRA or other adapters"
+                f"factors of an adapter do, but their product is not added to what one weight computes: {KNOWN}"
             )
+    for name, value in groups.parameters.items():
+        if "lora_" in name.rpartition(".weight")[0] and len(value) > 1 and name in trained and name not in factors:
+            raise UsageError(f"'{name}' is trained, and its product is not added to what one linear map computes: {KNOWN}")
 
 
 def update_factors(adapters: tuple[Adapter, ...], dim: int, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,9 @@ def check_settings(warmup: int, periods: int, period_steps: int, projection: str
         check_whole(name, value, least)
     if projection not in PROJECTIONS:
         raise UsageError(f"unknown projection '{projection}'; {nearest(str(projection), PROJECTIONS)}")
+    for name, number in (("penalty", penalty), ("epsilon", epsilon)):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise UsageError(f"{name} must be a number, got {number!r}")
     if not 0 <= penalty < math.inf:
         raise UsageError(f"penalty must be 0 or a positive number, got {penalty}")
     if not 0 <= epsilon < 1:
@@ -98,6 +102,17 @@ def parameters_of(gm: GraphModule, groups: Groups) -> dict[str, Tensor]:
             raise UsageError(f"parameter '{name}' is on the meta device: there are no weights to train")
         found[name] = tensor
     return found
+
+
+def refuse_closures(optimizer: torch.optim.Optimizer) -> None:
+    """Stop where a step evaluates the model several times: which evaluation would a unit's step belong to?
+
+    Raises:
+        UsageError: The optimizer's step needs a closure (LBFGS).
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UsageError(f"{type(optimizer).__name__} evaluates the model again within a step, which LHSPG cannot follow")
 
 
 def refuse_sharded(optimizer: torch.optim.Optimizer, gm: GraphModule) -> None:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ..errors import UsageError
+from ..errors import PlanError, UsageError
 from ..groups import Groups
 from ..passes.selection import Selection, lanes_of, select
 from ..plan import PrunePlan
 from .adapters import factors_of, find_adapters, refuse_unknown
-from .arguments import check_scores, check_settings, check_target, parameters_of, refuse_sharded, trained_by
+from .arguments import check_scores, check_settings, check_target, parameters_of, refuse_closures, refuse_sharded, trained_by
 from .projection import Redundant, Slice
 from .saliency import CRITERIA, by_parameter, check_weights, moments, saliency
 from .units import Part, Structure, find_structures, without_adapters
@@ -89,6 +89,7 @@ class LHSPG(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UsageError(f"expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}")
+        refuse_closures(optimizer)
         self._settings = check_settings(warmup, periods, period_steps, projection, penalty, epsilon)
         if scores is not None and saliency is not None:
             raise UsageError("scores= stand in place of saliency: leave saliency= out")
@@ -111,15 +112,30 @@ class LHSPG(torch.optim.Optimizer):
         compared = {name for names in lanes_of(self.bare, self._selection).values() for name in names}
         self._structures = {name: structure for name, structure in self._structures.items() if name in compared}
         self._scores = None if scores is None else check_scores(scores, {n: s.group.size for n, s in self._structures.items()})
-        select(self.bare, {n: torch.ones(s.group.size) for n, s in self._structures.items()}, self._selection)  # can it be met?
+        try:
+            select(self.bare, {n: torch.ones(s.group.size) for n, s in self._structures.items()}, self._selection)
+        except PlanError as error:
+            out = [name for names in self.idle().values() for name in names]
+            why = f"; LHSPG takes nothing of '{out[0]}' ({self.left_out[out[0]]})" if out else ""
+            raise PlanError(f"{error}{why}") from error
         self._step = 0
         self._gone: dict[str, Tensor] = {}
         self._active: dict[str, Redundant] = {}
         self._held: list[Slice] = []
         self.history: list[dict[str, Any]] = []
         self.inner = optimizer
+        optimizer.register_load_state_dict_post_hook(lambda _: self._join())  # its groups are other ones then
         super().__init__([{"params": [p for group in optimizer.param_groups for p in group["params"]]}], optimizer.defaults)
         self._join()
+
+    def idle(self) -> dict[str, list[str]]:
+        """Groups of the kinds that are wanted, prunable but not eligible, by kind; `left_out` says why."""
+        found: dict[str, list[str]] = {}
+        for name in self.left_out:
+            group = self.groups[name]
+            if group.prunable and self._selection.pace.get(group.kind, 0) > 0:
+                found.setdefault(group.kind, []).append(name)
+        return found
 
     @property
     def done(self) -> bool:
@@ -204,13 +220,13 @@ class LHSPG(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state and, under ``"lhspg"``, the rest: tensors and plain data.
 
-        Frozen base weights that are shrinking are in it too, so that it and what is trained are all that a run needs to go on.
+        Frozen weights that are shrinking are in it too, so that it and what is trained are all that a run needs to go on.
         """
         active = {
             name: {
                 "units": own.units.clone(),
                 "alive": own.alive.cpu().clone(),
-                "values": {s.part.key: s.values() for s in own.weights if not s.part.trained},
+                "values": {s.part.key: s.values() for s in own.slices if not s.part.trained},
             }
             for name, own in self._active.items()
         }
@@ -238,6 +254,8 @@ class LHSPG(torch.optim.Optimizer):
         own = state_dict.get(STATE)
         if own is None:
             raise UsageError("this is no state of LHSPG: it has no entry 'lhspg'")
+        if lacking := [name for name in ("settings", "fingerprint", "step", "zero", "active", "history") if name not in own]:
+            raise UsageError(f"the state of LHSPG is not whole: it has no '{lacking[0]}'")
         if own["fingerprint"] != self.groups.fingerprint():
             raise UsageError(
                 f"the state is of another model (fingerprint {own['fingerprint']}, this model has {self.groups.fingerprint()}): "
@@ -247,17 +265,27 @@ class LHSPG(torch.optim.Optimizer):
         for name, value in own["settings"].items():
             if mine.get(name) != value:
                 raise UsageError(f"the state was taken with {name}={value!r}, and this optimizer has {name}={mine.get(name)!r}")
+        if foreign := [name for name in (*own["active"], *own["zero"]) if name not in self._structures]:
+            raise UsageError(f"the state has units of '{foreign[0]}', which this optimizer takes none of")
         self.inner.load_state_dict(cast(Any, rest))
         self._join()
         self._step, self.history = own["step"], [dict(entry) for entry in own["history"]]
         self._gone, self._active = {}, {}
         for name, found in own["active"].items():
             active = Redundant(self._structures[name], found["units"].clone(), found["alive"].clone())
-            for slice_ in active.weights:
+            for slice_ in active.slices:
                 if slice_.part.key in found["values"]:
                     slice_.put(found["values"][slice_.part.key])
             self._active[name] = active
         self._retire({name: units.clone() for name, units in own["zero"].items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be copied or pickled.
+
+        Raises:
+            UsageError: Always: it belongs to its model's parameters.
+        """
+        raise UsageError("an LHSPG belongs to its model's parameters: keep its state_dict(), and load that into one made anew")
 
     def _join(self) -> None:
         """Share groups and state with the wrapped optimizer: who changes a learning rate there changes it here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -21,6 +23,7 @@ from ..capture import trace
 from ..checkpoint.eager import call
 from ..criteria import CRITERIA
 from ..data import Batches
+from ..data.sources import reason
 from ..errors import CheckpointError, FxPruneError, PlanError, UsageError, VerificationError
 from ..files import write_whole
 from ..groups import Groups, Member, PruneGroup
@@ -45,6 +48,8 @@ from .settings import AUTO, FALLBACK, PREFERRED, SALIENCY, Shearing
 from .training import ShearTraining
 from .windows import windows
 from .work import WorkDirectory
+
+log = logging.getLogger("fxprune")
 
 
 @dataclass
@@ -116,8 +121,16 @@ class Parts:
         return self.lhspg(torch.optim.SGD(trained(student).values(), lr=0.0), self.settings.selection(self.ratio, protect))
 
     def absent(self) -> list[str]:
-        """A note on each kind that was asked for and of which nothing can be brought to zero."""
-        return absent_kinds(self._trial().bare, self.settings.selection(self.ratio))
+        """A note on each kind that was asked for and of which something, or everything, cannot be brought to zero."""
+        trial, groups = self._trial(), self.adapted[2]
+        notes = absent_kinds(trial.bare, self.settings.selection(self.ratio))
+        for kind, names in trial.idle().items():
+            if any(f"kind '{kind}'" in note for note in notes):
+                continue
+            there = sum(group.kind == kind for name, group in groups.items() if name in trial.eligible)
+            some = f"{len(names)} of {len(names) + there} groups" if there else "all groups"
+            notes.append(f"{some} of kind '{kind}' stay whole ('{names[0]}': {trial.left_out[names[0]]})")
+        return notes
 
     def rehearse(self, given: Knowledge | None) -> None:
         """Refuse what would go wrong after hours of training: a target out of reach, no text to measure on, no form to save in.
@@ -142,7 +155,9 @@ class Parts:
             else:
                 names = list(given.protected(share, self._kinds(given)))
             self._reachable(names)
-        selection = self.settings.selection(self.ratio)
+        theirs = self._adapted_names
+        idle = [name for name, group in groups.items() if group.prunable and theirs.get(name) not in eligible]
+        selection = self.settings.selection(self.ratio, idle)
         ones = {name: torch.ones(groups[name].size) for names in lanes_of(groups, selection).values() for name in names}
         trial = prune(self.copied, plan=select(groups, ones, selection), graph=gm, check=False)
         if trial.model is None:
@@ -171,12 +186,16 @@ class Parts:
         file = self.work.scores
         if self.criterion == SALIENCY:
             return None
-        if not file.is_file():
-            start, (gm, groups) = time.perf_counter(), self.bare
-            options: dict[str, Any] = {"calibration": self._read(), "seed": self.settings.training.seed, "progress": self.progress}
-            found = score(gm, groups, self.criterion, **options)
-            write_whole(file, save(found), called="the scores", error=CheckpointError)
-            self.work.record("importance", {"seconds": round(time.perf_counter() - start, 3)})
+        if file.is_file():
+            try:
+                return load_file(file)
+            except (SafetensorError, OSError) as error:
+                log.warning("'%s' is damaged (%s): importance is measured again", file.name, reason(error))
+        start, (gm, groups) = time.perf_counter(), self.bare
+        options: dict[str, Any] = {"calibration": self._read(), "seed": self.settings.training.seed, "progress": self.progress}
+        found = score(gm, groups, self.criterion, **options)
+        write_whole(file, save(found), called="the scores", error=CheckpointError)
+        self.work.record("importance", {"seconds": round(time.perf_counter() - start, 3)})
         return load_file(file)
 
     def _read(self) -> list[Batch]:

@@ -95,6 +95,11 @@ class Redundant:
         device = structure.parts[0].tensor.device
         self.alive = torch.ones(len(units), dtype=torch.bool, device=device) if alive is None else alive.to(device)
 
+    @property
+    def slices(self) -> list[Slice]:
+        """All that shrinks."""
+        return [*self.weights, *self.followers]
+
     @torch.no_grad()
     def remember(self) -> None:
         """Before the wrapped optimizer steps: keep the values of what it trains."""

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -24,9 +24,9 @@ from ..calibration import longest_input
 from ..checkpoint.directory import check_apart, check_target, new_directory
 from ..checkpoint.save import save_pruned
 from ..checkpoint.source import load_source
-from ..data import Sources
+from ..data import Source, Sources
 from ..devices import find_device
-from ..errors import UsageError
+from ..errors import CheckpointError, UsageError
 from ..files import read_json, write_whole
 from ..knowledge import Knowledge
 from ..names import REPORT_FILE
@@ -105,18 +105,18 @@ def shear(
     """
     chosen, budget = settle(recipe, settings), Budget(tokens, steps)
     chosen.selection(ratio)
-    curriculum = chosen.lessons([data, *then])
+    later = [then] if isinstance(then, str | os.PathLike | Source | Mapping) else then
+    curriculum = chosen.lessons([data, *later])
     if knowledge is not None and not chosen.protect_share:
         raise UsageError("there is knowledge, and protect_share is 0: nothing is protected by it; leave one of them out")
     known = knowledge if knowledge is None or isinstance(knowledge, Knowledge) else Knowledge.load(knowledge)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("a shearing runs in one process: start it without torchrun; fxprune recover can go on with several")
     device = None if device is None else find_device(device)
-    work = WorkDirectory(output)
-    if work.delivered and not restart:
-        work.remove()
-        return ShearResult.read(output, tokenizer)
-    check_target(output, overwrite=overwrite)
+    work = WorkDirectory(output, restart=restart)
+    done = work.delivered and not restart
+    if not done:
+        check_target(output, overwrite=overwrite)
     if isinstance(model, str | os.PathLike) and Path(model).exists() and Path(output).exists() and os.path.samefile(output, model):
         raise UsageError(f"the output '{os.fspath(output)}' is the model itself; choose another directory")
     file = None if isinstance(knowledge, Knowledge) else knowledge
@@ -153,6 +153,12 @@ def shear(
             "the sources": curriculum.named(),
             "the knowledge": "measured" if known is None else hashlib.sha256(json.dumps(known.to_json()).encode()).hexdigest()[:16],
         }
+        if done:  # it was killed while it cleared up
+            same = work.finish(identity)
+            if same:
+                return ShearResult.read(output, tokenizer)
+            check_target(output, overwrite=overwrite)
+            work = WorkDirectory(output)
         stack.callback(work.close)
         work.open(identity, restart=restart)
         stack.enter_context(torch.random.fork_rng(devices=[world.device.index] if world.device.type == "cuda" else []))
@@ -164,8 +170,7 @@ def shear(
         if chosen.shear_share < 1 and not work.recovered.is_dir():
             dense.model.to(home)  # recovery has it on the device for as long as it measures
             shearing.recover()
-        shearing.deliver(output, overwrite=overwrite)
-    return ShearResult.read(output, tokenizer)
+        return shearing.deliver(output, tokenizer, overwrite=overwrite)
 
 
 def _subject(model: str | os.PathLike[str] | nn.Module, tokenizer: Any, dtype: str | torch.dtype) -> Subject:
@@ -259,8 +264,8 @@ class _Shearing:
             **self.budget.left(before.tokens["total"], parts.schedule.steps),
         )
 
-    def deliver(self, output: str | os.PathLike[str], *, overwrite: bool) -> None:
-        """Put the last checkpoint in place, with a report of all stages, and clear up."""
+    def deliver(self, output: str | os.PathLike[str], tokenizer: Any, *, overwrite: bool) -> ShearResult:
+        """Put the last checkpoint in place, with a report of all stages, once it could be read; then clear up."""
         work = self.parts.work
         last = work.recovered if work.recovered.is_dir() else work.pruned
         with new_directory(output, overwrite=overwrite) as target:
@@ -273,7 +278,12 @@ class _Shearing:
                 written["shearing"]["seconds"]["recovery"] = recovery["seconds"]
             write_whole(target / REPORT_FILE, json.dumps(written, indent=1) + "\n", called="the report")
             write_pages(target, name=Path(os.path.abspath(output)).name)
+            try:
+                result = ShearResult.read(target, tokenizer)
+            except CheckpointError as error:
+                raise CheckpointError(f"'{work.typed}/{last.name}' is damaged: {error}; start over with --restart") from error
         work.remove()
+        return replace(result, directory=Path(output))
 
 
 def _link(file: Path, target: Path) -> None:

@@ -53,8 +53,10 @@ def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
     """The weights of the criteria, those that are zero left out.
 
     Raises:
-        UsageError: An unknown criterion, a weight that is negative or no number, or nothing left.
+        UsageError: No mapping, an unknown criterion, a weight that is negative or no number, or nothing left.
     """
+    if not isinstance(weights, Mapping):
+        raise UsageError(f"saliency is a mapping from criterion to weight, got {weights!r}")
     for name, weight in weights.items():
         if name not in CRITERIA:
             raise UsageError(f"unknown saliency criterion '{name}'; {nearest(name, CRITERIA)}")

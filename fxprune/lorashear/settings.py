@@ -106,6 +106,7 @@ class Shearing:
     training: Recovery
 
     def __post_init__(self) -> None:
+        _types(self)
         object.__setattr__(self, "saliency", _weights(self.saliency))
         for name in ("protect_first", "protect_last", "knowledge_samples", "knowledge_length", "criterion_samples", "periods"):
             least = {"knowledge_length": 2}.get(name, 0 if name.startswith("protect") else 1)
@@ -181,7 +182,24 @@ def _weights(saliency: Any) -> Mapping[str, float]:
     """Weights of criteria; names alone weigh 1 each."""
     if isinstance(saliency, Mapping):
         return saliency
+    if not isinstance(saliency, Sequence):
+        raise UsageError(f"saliency must be names, got {saliency!r}")
     return dict.fromkeys([saliency] if isinstance(saliency, str) else saliency, 1.0)
+
+
+def _types(settings: Shearing) -> None:
+    """Values of a wrong type, in a word; numbers within bounds, and which names there are, are looked at elsewhere."""
+    for each in fields(settings):
+        kind, value = str(each.type), getattr(settings, each.name)
+        several = isinstance(value, Sequence | Mapping) and not isinstance(value, str)
+        if kind == "str" and not isinstance(value, str):
+            raise UsageError(f"{each.name} must be a text, got {value!r}")
+        if kind == "float" and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UsageError(f"{each.name} must be a number, got {value!r}")
+        if "Sequence[str]" in kind and not (isinstance(value, str) or (several and all(isinstance(name, str) for name in value))):
+            raise UsageError(f"{each.name} must be names, got {value!r}")
+        if "Sequence[float]" in kind and value is not None and not several:
+            raise UsageError(f"{each.name} must be numbers, one for each stage, got {value!r}")
 
 
 OWN = {f.name: str(f.type) for f in fields(Shearing) if f.name != "training"}
@@ -199,11 +217,11 @@ def settle(recipe: RecipeLike, given: Mapping[str, Any]) -> Shearing:
         UsageError: An unknown recipe or setting, a value that makes no sense, or one that another makes idle.
     """
     usual = SHEARINGS["default"]
-    said = {**usual, **read_recipe(recipe, SHEARINGS, {**Recovery().to_json(), **usual})}
+    said = {**usual, **_as_read(read_recipe(recipe, SHEARINGS, {**Recovery().to_json(), **usual}))}
     for name, value in given.items():
         if name not in OWN and name not in TRAINING:
             raise UsageError(f"there is no shearing setting '{name}'; {setting_meant(name, (*OWN, *TRAINING))}")
-        said[name] = _read(name, value) if isinstance(value, str) and name in OWN else value
+        said |= _as_read({name: value})
     weighed = "saliency" in given or _weights(said["saliency"]) != _weights(usual["saliency"])
     if weighed and said["criterion"] == AUTO:
         said["criterion"] = SALIENCY
@@ -216,6 +234,11 @@ def settle(recipe: RecipeLike, given: Mapping[str, Any]) -> Shearing:
             raise UsageError(f"{name} is of a recovery by itself: for a shearing set {instead} instead")
     training = settings_of("default", {n: v for n, v in said.items() if n not in OWN})
     return Shearing(training=replace(training, epochs=PASSES), **{n: v for n, v in said.items() if n in OWN})
+
+
+def _as_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Texts among the settings of a shearing's own as the settings' types; `settings_of` reads the others."""
+    return {name: _read(name, value) if isinstance(value, str) and name in OWN else value for name, value in values.items()}
 
 
 def _read(name: str, text: str) -> Any:

@@ -33,12 +33,13 @@ class WorkDirectory:
 
     Args:
         output: The directory that the run will write.
+        restart: Whatever a shearing has left there will be dropped: it may be damaged.
 
     Raises:
-        UsageError: Something else is in its place.
+        UsageError: Something else is in its place, or what is there is damaged.
     """
 
-    def __init__(self, output: str | os.PathLike[str]) -> None:
+    def __init__(self, output: str | os.PathLike[str], *, restart: bool = False) -> None:
         self.output = Path(os.path.abspath(output))
         self.path = Path(f"{self.output}{SUFFIX}")
         self.typed = f"{os.fspath(output).rstrip('/')}{SUFFIX}"
@@ -47,7 +48,7 @@ class WorkDirectory:
         self._lock: int | None = None
         self._identity: dict[str, Any] | None = None
         if self.path.exists():
-            self._read()
+            self._read(restart)
 
     @property
     def knowledge(self) -> Path:
@@ -100,6 +101,25 @@ class WorkDirectory:
                     self.stages.pop("begun", None)
                 self._identity = {**self._identity, "ratio": wanted.get("ratio")}
             refuse_other(self.typed, "shearing", self._identity, wanted)
+        self._take()
+        if restart:
+            self._clear()
+            self.stages, self.run = {}, uuid.uuid4().hex
+        self._identity = wanted
+
+    def finish(self, identity: Mapping[str, Any]) -> bool:
+        """Remove what a run that delivered its output has left; True if this would be the same run.
+
+        Raises:
+            UsageError: Another process works in it.
+        """
+        self._take()
+        same = bool(self._identity == json.loads(json.dumps(identity)))
+        self.remove()
+        return same
+
+    def _take(self) -> None:
+        """Make the directory, and keep other processes out of it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR)
@@ -109,10 +129,6 @@ class WorkDirectory:
             raise UsageError(f"another process is working in '{self.typed}': wait for it, or choose another output") from error
         except OSError as error:
             raise UsageError(f"cannot write the working directory '{self.typed}': {error.strerror}") from error
-        if restart:
-            self._clear()
-            self.stages, self.run = {}, uuid.uuid4().hex
-        self._identity = wanted
 
     def record(self, stage: str, facts: Mapping[str, Any]) -> None:
         """Keep what a stage has to report; it is on the disk afterwards.
@@ -155,7 +171,13 @@ class WorkDirectory:
         """True before anything was kept."""
         return all(entry.name == LOCK or entry.name.startswith(f".{RUN}.") for entry in self.path.iterdir())
 
-    def _read(self) -> None:
+    def _ours(self) -> bool:
+        """True if there is nothing but what a shearing leaves, whole or not."""
+        known = (LOCK, RUN, self.knowledge.name, self.scores.name, self.lhspg.name, self.pruned.name, self.recovered.name)
+        names = [entry.name for entry in self.path.iterdir()]
+        return LOCK in names and all(name.removeprefix(".").startswith(known) for name in names)
+
+    def _read(self, restart: bool) -> None:
         foreign = f"'{self.typed}' is not the working directory of a shearing: it will not be replaced; choose another output"
         if not self.path.is_dir():
             raise UsageError(foreign)
@@ -167,4 +189,9 @@ class WorkDirectory:
                 raise ValueError(f"format {data['fxprune_shearing']}")
             self.run, self._identity, self.stages = str(data["run"]), dict(data["identity"]), dict(data["stages"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(foreign) from error
+            if not self._ours():
+                raise UsageError(foreign) from error
+            if not restart:
+                raise UsageError(
+                    f"the state of the shearing in '{self.typed}' is damaged: start over with --restart (restart=True)"
+                ) from error

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers.pytorch_utils import Conv1D
 
+from .._compat import quiet_trees
 from ..errors import UsageError, nearest
 from .settings import Recovery
 
@@ -25,8 +26,7 @@ def twin(model: nn.Module) -> nn.Module:
     """A copy of a model with parameter objects of its own over the same memory; buffers are shared."""
     memo: dict[int, object] = {id(b): b for b in model.buffers()}
     memo |= {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
-    with warnings.catch_warnings():  # torch 2.13 compares with its own deprecated LeafSpec when a GraphModule is copied
-        warnings.simplefilter("ignore", FutureWarning)
+    with quiet_trees():
         return copy.deepcopy(model, memo)
 
 
