@@ -223,6 +223,16 @@ def test_data_amount() -> None:
     assert_table(shown, expected)
 
 
+def test_steps() -> None:
+    (row,) = results("paper_steps")["rows"]
+    curve = row["recovery"]["validation"]
+    assert row["key"]["recovery"]["validation"] == "wikitext2"
+    best = min(curve, key=lambda each: each["perplexity"])
+    said = [curve[0]["perplexity"], best["perplexity"], best["step"], curve[-1]["perplexity"], curve[-1]["step"]]
+    pattern = r"From (.*?) it comes down to (.*?) after (.*?) steps (?s:.*?)without training: (.*?) after (.*?)\. So recovery"
+    assert_sentence(pattern, said, "docs/results.md")
+
+
 def test_exactness_and_fuzzing() -> None:
     exact, fuzz = results("exactness")["summary"], results("fuzz")["summary"]
     assert_sentence(

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found,
     )
     lines = {r["name"]: [(v["step"], v["perplexity"]) for v in r["recovery"]["validation"]] for r in found}
-    plot(a.output, lines, x="step", y=f"perplexity, {a.validation}", scale="log")
+    plot(a.output, lines, x="step", y=f"perplexity, {a.validation}")
 
 
 if __name__ == "__main__":
