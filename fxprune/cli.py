@@ -53,7 +53,16 @@ def _own(error: BaseException | None) -> FxPruneError | None:
 
 def _logging(verbose: int) -> None:
     """What fxprune logs goes to standard error as it is; other libraries have handlers of their own."""
-    log, handler = logging.getLogger("fxprune"), logging.StreamHandler()
+    log, handler, said = logging.getLogger("fxprune"), logging.StreamHandler(), set[str]()
+
+    def once(record: logging.LogRecord) -> bool:
+        """False for what was said already: of a text, say, that two models read."""
+        message = record.getMessage()
+        repeated = message in said
+        said.add(message)
+        return not repeated
+
+    handler.addFilter(once)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers = [handler]
     log.setLevel(logging.INFO if verbose else logging.WARNING)

@@ -72,7 +72,7 @@ def test_a_model_that_was_not_pruned(run: Run) -> None:
     ran = run("plain", "-o", "out", "--data", "text.jsonl", *SHORT)
     assert ran.status == 0
     assert ran.said.startswith("note 'plain' holds no plan of fxprune: it is trained as it is"), "before anything is trained"
-    assert "note 'plain' holds no plan of fxprune: it was trained as it is" in ran.said
+    assert ran.said.count("holds no plan") == 1
     assert "holds no plan" not in run("pruned", "-o", "other", "--data", "text.jsonl", *SHORT).said
 
 

@@ -18,7 +18,7 @@ from ..plotting import check_plot
 from ..recovery.curriculum import Curriculum
 from ..recovery.plot import plot_curriculum
 from ..recovery.result import RecoveryResult
-from ..recovery.run import recover
+from ..recovery.run import NO_PLAN, recover
 from ..recovery.settings import settings_of
 from ..recovery.state import SUFFIX
 from ..wording import counted
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     find_device(arguments.device)
     main = int(os.environ.get("RANK", "0")) == 0
     if main and Path(arguments.model).is_dir() and not (Path(arguments.model) / PLAN_FILE).is_file():
-        console.print(f"note        '{arguments.model}' holds no plan of fxprune: it is trained as it is", markup=False)
+        console.print(f"note        '{arguments.model}' {NO_PLAN}: it is trained as it is", markup=False)
     if main and not arguments.restart:
         goes_on(state)
     try:
@@ -129,7 +129,8 @@ def _show(result: RecoveryResult) -> None:
     if report.curriculum is not None:
         show_curriculum(report.curriculum)
     for note in report.notes:
-        console.print(f"note        {note}", markup=False)
+        if NO_PLAN not in note:  # was said before
+            console.print(f"note        {note}", markup=False)
 
 
 def show_curriculum(curriculum: dict[str, Any]) -> None:

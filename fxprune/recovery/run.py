@@ -39,6 +39,8 @@ from .world import World, find_world
 
 log = logging.getLogger("fxprune")
 
+NO_PLAN = "holds no plan of fxprune"
+
 
 def recover(
     target: Any,
@@ -194,7 +196,7 @@ class RecoveryRun:
         settings = self.settings
         self.notes: list[str] = list(self.data.account.get("overlaps", ()))
         if (directory := self.subject.directory) is not None and self.subject.plan is None:
-            self.notes.append(f"'{directory.name}' holds no plan of fxprune: it was trained as it is")
+            self.notes.append(f"'{directory.name}' {NO_PLAN}: it was trained as it is")
         if not self.data.stages and self.data.held is None and settings.validation_samples:
             there = counted(len(self.data.train), "example")
             self.notes.append(f"nothing was held out to measure on: that would be a tenth, and there is no more than {there}")
