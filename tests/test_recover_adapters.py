@@ -131,3 +131,22 @@ def test_full_training_changes_every_parameter(text: Path) -> None:
         UsageError, match=r"every parameter of this GPT2LMHeadModel is frozen \(requires_grad=False\): thaw some, or"
     ):
         trained(frozen, str(text), tokenizer=tokenizer(), method="full")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("mixtral", {}, "of the parameters are in no linear layer, so that no adapter trains them ('model.layers.0.mlp.experts."),
+        ("mixtral", {"targets": "q_proj"}, ""),
+        ("mixtral", {"method": "full"}, ""),
+        ("gpt2", {}, ""),  # its Conv1D is a linear layer
+        ("llama", {"tied": False}, ""),
+    ],
+)
+def test_what_no_adapter_reaches(name: str, options: dict[str, Any], said: str, text: Path) -> None:
+    model = build(name, **{n: v for n, v in options.items() if n == "tied"})
+    settings = {n: v for n, v in options.items() if n != "tied"}
+    notes = trained(model, str(text), tokenizer=tokenizer(), max_steps=1, **settings).report.notes
+    found = [note for note in notes if "no adapter trains them" in note]
+    assert len(found) == bool(said)
+    assert all(said in note for note in found)

@@ -105,6 +105,16 @@ def trained(student: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
 
 
+def out_of_reach(model: nn.Module) -> tuple[int, str]:
+    """(elements of the matrices that are in no linear layer and no embedding, so that no adapter of ours trains them; one's name).
+
+    Such are the experts of a mixture, which transformers keep as one parameter for all of them, and convolutions.
+    """
+    reached = {id(m.weight) for m in model.modules() if isinstance(m, (*LINEAR, nn.Embedding))}
+    rest = {n: p for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in reached}
+    return sum(p.numel() for p in rest.values()), max(rest, key=lambda name: rest[name].numel(), default="")
+
+
 def target_layers(model: nn.Module, settings: Recovery) -> list[str]:
     """Paths of the layers that get an adapter.
 

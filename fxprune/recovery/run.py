@@ -24,7 +24,7 @@ from ..errors import UsageError
 from ..mode import quiet, without_cache
 from ..passes.batches import Progress, logits_of
 from ..wording import counted
-from .adapters import merged, prepare, trained
+from .adapters import merged, out_of_reach, prepare, trained
 from .curriculum import Curriculum, plan_stages, refuse_unused
 from .data import TrainingData, check_tokens, load_data, load_stages, sources_of
 from .loop import Plan, Training
@@ -40,6 +40,9 @@ from .world import World, find_world
 log = logging.getLogger("fxprune")
 
 NO_PLAN = "holds no plan of fxprune"
+
+REACH = 0.1
+"""Share of the parameters out of the reach of adapters from above which a report says so."""
 
 
 def recover(
@@ -262,6 +265,7 @@ class RecoveryRun:
         stages = self._stages(teacher)
         batches = stages[0].batches if stages else self.batches(self.data.train)
         held = None if self.data.held is None else self.batches(self.data.held)
+        self._note_reach()
         student = prepare(self.subject.model, settings, wide=not self.bf16)
         if not world.sharded:
             student = student.to(world.device)
@@ -280,6 +284,16 @@ class RecoveryRun:
             self._try(student)
             training.run()
         return training
+
+    def _note_reach(self) -> None:
+        """Say that a large part of the model is left as pruning left it: nobody chose that."""
+        model = self.subject.model
+        count, name = out_of_reach(model)
+        share = count / sum(p.numel() for p in model.parameters())
+        if self.settings.method == "lora" and self.settings.targets == "all" and share > REACH:
+            self._warn(
+                f"{share:.0%} of the parameters are in no linear layer, so that no adapter trains them ('{name}'); method=full does"
+            )
 
     def _note_warmup(self, steps: int) -> None:
         """Say that a run or a stage of so many steps is over before its warm-up."""
