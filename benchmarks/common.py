@@ -39,10 +39,10 @@ class Shape:
     vocabulary: int
     tied: bool
 
-    def build(self, device: str = "cpu", seed: int = 0) -> Any:
-        """A float32 ``LlamaForCausalLM`` of this shape, seeded, in evaluation mode."""
+    def build(self, device: str = "cpu", seed: int = 0, dtype: str = "float32") -> Any:
+        """A ``LlamaForCausalLM`` of this shape, seeded, in evaluation mode; made in its dtype from the start."""
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoModelForCausalLM, LlamaConfig
 
         config = LlamaConfig(
             hidden_size=self.hidden,
@@ -57,7 +57,7 @@ class Shape:
         )
         torch.manual_seed(seed)
         with torch.device(device):
-            model = LlamaForCausalLM(config)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         model.eval()
         return model
 

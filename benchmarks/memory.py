@@ -2,7 +2,8 @@
 
     python -m benchmarks.memory [--torch-pruning DIR] [--repeats 3] [--only fxprune-taylor1 ...]
 
-Every variant runs in a process of its own on a Llama of SmolLM2-135M's shape (random weights, float32), with 10 x 64 random tokens
+Every variant runs in a process of its own on a Llama of SmolLM2-135M's shape (random weights, float32; ``--shape`` and ``--dtype``
+say otherwise), with 10 x 64 random tokens
 (LLM-Pruner's calibration) and with 1 x 64, where activations are small beside gradients, as they are in larger models. What is
 reported is resident memory (VmHWM of /proc/self/status, reset just before the measured part): its peak, and the peak
 above what was resident before, with the model (and its trace) in memory and one tiny forward-backward done, so that libraries are
@@ -34,7 +35,7 @@ from typing import Any
 from . import common
 
 TOKENS = ("10x64", "1x64")
-CRITERIA = ("taylor1", "taylor2", "taylor_vector", "taylor_mixed")
+CRITERIA = ("taylor1", "taylor2", "taylor_vector", "taylor_mixed", "kfac")
 VARIANTS = (
     "freed-traced",
     "freed-eager",
@@ -52,6 +53,7 @@ LIMIT = 1.25
 def main() -> None:
     parser = common.parser(__doc__, "memory.json")
     parser.add_argument("--shape", choices=common.SHAPES, default="smollm2-135m")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: float32)")
     parser.add_argument("--tokens", nargs="+", default=TOKENS, metavar="SAMPLESxLENGTH")
     arguments = parser.parse_args()
     if arguments.child:
@@ -59,8 +61,9 @@ def main() -> None:
         return
     result = {
         **common.header(arguments),
-        "model": f"Llama, shape of {arguments.shape}, random weights, float32",
-        "measure": "MiB of resident memory (VmHWM); above_model: peak less what was resident just before",
+        "model": f"Llama, shape of {arguments.shape}, random weights, {arguments.dtype}",
+        "measure": "MiB of resident memory (VmHWM); above_model: peak less what was resident just before; over_weights: "
+        "the weights and that, over the weights",
         "tokens": {},
     }
     for tokens in arguments.tokens:
@@ -76,13 +79,14 @@ def main() -> None:
 def run(variant: str, tokens: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if variant.startswith("torch-pruning") and arguments.torch_pruning is None:
         return {"error": f"skipped. {common.INSTALL_HINT}"}
-    extra = ["--shape", arguments.shape, "--tokens", tokens]
-    return common.child("benchmarks.memory", variant, arguments, timeout=900, extra=extra, environment=ALLOCATOR)
+    extra = ["--shape", arguments.shape, "--dtype", arguments.dtype, "--tokens", tokens]
+    return common.child("benchmarks.memory", variant, arguments, timeout=1800, extra=extra, environment=ALLOCATOR)
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        **{key: round(statistics.median(r[key] for r in runs), 1) for key in ("before", "peak", "above_model")},
+        **{key: round(statistics.median(r[key] for r in runs), 1) for key in ("weights", "before", "peak", "above_model")},
+        "over_weights": round(1 + statistics.median(r["above_model"] / r["weights"] for r in runs), 3),
         "above_model_of_each_run": [r["above_model"] for r in runs],
     }
 
@@ -111,7 +115,7 @@ def measure(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(arguments.threads)
     shape = common.SHAPES[arguments.shape]
-    model = shape.build(seed=arguments.seed)
+    model = shape.build(seed=arguments.seed, dtype=arguments.dtype)
     samples, length = map(int, arguments.tokens[0].split("x"))
     generator = torch.Generator().manual_seed(arguments.seed)
     batch = {"input_ids": torch.randint(0, shape.vocabulary, (samples, length), generator=generator)}
@@ -145,7 +149,8 @@ def measure(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
     before = _resident("VmRSS")
     work()
     peak = _resident("VmHWM")
-    return {"before": before, "peak": peak, "above_model": round(peak - before, 1)}
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    return {"weights": round(weights, 1), "before": before, "peak": peak, "above_model": round(peak - before, 1)}
 
 
 def _free(parameter: Any) -> None:
