@@ -120,11 +120,18 @@ def each(source: Source, make: Callable[[Mapping[str, Any]], _Made]) -> Iterator
     Raises:
         UsageError: As `rows`; what ``make`` raises on a row after the first is raised with the row's number (from 1 on).
     """
-    for number, row in enumerate(rows(source), start=1):
-        try:
-            yield make(row)
-        except UsageError as error:
-            raise (UsageError(f"{error} (row {number})") if number > 1 else error) from error
+    found = rows(source)  # a file that cannot be read at all is refused at once
+
+    def made() -> Iterator[_Made]:
+        for number, row in enumerate(found, start=1):
+            try:
+                yield make(row)
+            except UsageError as error:
+                if number == 1:
+                    raise
+                raise UsageError(f"{error} (row {number})") from error
+
+    return made()
 
 
 def _template(row: Mapping[str, Any], source: Source) -> str:
