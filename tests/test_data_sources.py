@@ -221,7 +221,7 @@ def test_wrong_columns(tmp_path: Path, column: str | None, text: str) -> None:
 def test_the_row_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "w1"}\n\n{"text": "w2"}\n{"text": 3}\n')
-    said = "the column 'text' of 'a.jsonl' holds a int, not text (row 3)"
+    said = "the column 'text' of 'a.jsonl' holds a int, not text (in row 3)"
     for read in (texts, documents, partial(load_examples, tokenizer=tokenizer())):
         assert error(read, Source(str(path))) == said
 

@@ -129,7 +129,7 @@ def each(source: Source, make: Callable[[Mapping[str, Any]], _Made]) -> Iterator
             except UsageError as error:
                 if number == 1:
                     raise
-                raise UsageError(f"{error} (row {number})") from error
+                raise UsageError(f"{error} (in row {number})") from error
 
     return made()
 

@@ -116,8 +116,9 @@ class LHSPG(torch.optim.Optimizer):
             select(self.bare, {n: torch.ones(s.group.size) for n, s in self._structures.items()}, self._selection)
         except PlanError as error:
             out = [name for names in self.idle().values() for name in names]
-            why = f"; LHSPG takes nothing of '{out[0]}' ({self.left_out[out[0]]})" if out else ""
-            raise PlanError(f"{error}{why}") from error
+            if not out:
+                raise
+            raise PlanError(f"{error}; LHSPG takes nothing of '{out[0]}' ({self.left_out[out[0]]})") from error
         self._step = 0
         self._gone: dict[str, Tensor] = {}
         self._active: dict[str, Redundant] = {}
