@@ -221,6 +221,11 @@ def test_data_amount() -> None:
             label = f"{name}, recipe llm-pruner" if how and row["key"]["recovery"]["recipe"] == "llm-pruner" else name
             expected[label] = [how["tokens"] if how else 0, how["steps"] if how else 0, *perplexities(row)]
     assert_table(shown, expected)
+    most = next(row for row in results("paper_data_amount")["rows"] if row["name"] == "10,000 samples")
+    assert_sentence(r"samples of Alpaca \((.*?) / (.*?) / (.*?); \[docs", perplexities(most))
+    ours = perplexities(rows_of(results("paper_criteria"), calibration="c4")["default", 0.2])
+    assert_sentence(r"is better without any recovery \((.*?) / (.*?) / (.*?)\) than this model", ours, "docs/results.md")
+    assert all(a < b for a, b in zip(ours, perplexities(most), strict=True))
 
 
 def test_steps() -> None:
