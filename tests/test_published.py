@@ -290,6 +290,14 @@ def test_memory() -> None:
     assert_table(shown, {k: [tokens[amount]["variants"][name]["above_model"] for amount in amounts] for k, name in MEMORY.items()})
 
 
+def test_memory_of_a_large_model() -> None:
+    tokens, shown = results("memory_7b")["tokens"], table("docs/results.md", "| at a time | 5 x 64 tokens |")
+    names = {"fxprune, taylor1": "fxprune-taylor1", "fxprune, kfac (recipe default)": "fxprune-kfac"}
+    runs = {label: [tokens[amount]["variants"][name] for amount in ("5x64", "10x64")] for label, name in names.items()}
+    assert_table(shown, {label: [run["over_weights"] for run in found] for label, found in runs.items()})
+    assert_sentence(r"random weights of (.*?) MiB", [runs["fxprune, taylor1"][0]["weights"]], "docs/results.md")
+
+
 def test_latency() -> None:
     plans, shown = results("latency")["plans"], table("docs/results.md", "| | removed | prefill: eager |")
     assert len(shown) == len(plans)
