@@ -295,6 +295,7 @@ def test_memory_of_a_large_model() -> None:
     names = {"fxprune, taylor1": "fxprune-taylor1", "fxprune, kfac (recipe default)": "fxprune-kfac"}
     runs = {label: [tokens[amount]["variants"][name] for amount in ("5x64", "10x64")] for label, name in names.items()}
     assert_table(shown, {label: [run["over_weights"] for run in found] for label, found in runs.items()})
+    assert_sentence(r"scoring peaks at (.*?) times the weights", [runs["fxprune, taylor1"][0]["over_weights"]])
     assert_sentence(r"random weights of (.*?) MiB", [runs["fxprune, taylor1"][0]["weights"]], "docs/results.md")
 
 
