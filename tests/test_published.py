@@ -299,6 +299,13 @@ def test_memory_of_a_large_model() -> None:
     assert_sentence(r"random weights of (.*?) MiB", [runs["fxprune, taylor1"][0]["weights"]], "docs/results.md")
 
 
+def test_memory_of_a_shearing_step_of_a_large_model() -> None:
+    (row,) = results("shear_memory_7b")["rows"].values()
+    assert max(row["measured"], key=row["measured"].__getitem__) == "begin of a period"
+    said = [max(row["measured"].values()), row["peak"]]
+    assert_sentence(r"on the CPU: (.*?) MiB at the most, where a period begins, against (.*?) counted", said, "docs/lorashear.md")
+
+
 def test_latency() -> None:
     plans, shown = results("latency")["plans"], table("docs/results.md", "| | removed | prefill: eager |")
     assert len(shown) == len(plans)
