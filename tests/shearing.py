@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -62,6 +63,30 @@ def sheared(output: Path, data: Any, *, model: Any = None, ratio: float = 0.2, *
     budget = {} if "tokens" in settings else {"steps": 20}
     chosen = {"tokenizer": tokenizer(), **budget, **SHEAR, **settings}
     return fxprune.shear(dense() if model is None else model, ratio, data, output=output, **chosen)
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    """Of a checkpoint."""
+    return load_file(directory / "model.safetensors")
+
+
+class Killed(BaseException):
+    """As sudden as a signal, for the code inside."""
+
+
+def killed(*_: Any, **__: Any) -> None:
+    """In place of a function."""
+    raise Killed
+
+
+def killed_at(begin: str, done: int) -> Callable[[str, int, int], None]:
+    """Progress that ends the run when something has come so far."""
+
+    def progress(what: str, reached: int, total: int) -> None:
+        if what.startswith(begin) and reached == done:
+            raise Killed
+
+    return progress
 
 
 RANK = 5

@@ -47,11 +47,15 @@ def fixed_in_stock(model: nn.Module, groups: Groups, chosen: Selection) -> list[
 
 
 def _parts(groups: Groups, half: dict[str, dict[str, int]]) -> Iterator[list[str]]:
-    """Families by kind, then by kind and size, then one by one."""
+    """Families by kind, then by kind and size, then one by one; no set of them twice."""
+    tried: list[list[str]] = []
     key = {label: (groups[next(iter(names))].kind, groups[next(iter(names))].size) for label, names in half.items()}
     for alike in ({label: kind for label, (kind, _) in key.items()}, key, {label: label for label in key}):
         for each in dict.fromkeys(alike.values()):
-            yield [label for label in half if alike[label] == each]
+            together = [label for label in half if alike[label] == each]
+            if together not in tried:
+                tried.append(together)
+                yield together
 
 
 def _patterns(groups: Groups, family: str, names: Iterable[str]) -> list[str]:
