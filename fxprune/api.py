@@ -32,7 +32,7 @@ from .passes.rewrite import rewrite
 from .passes.selection import Selection
 from .passes.verify import VerifyReport, relative_error, tolerance_of, verify
 from .plan import PrunePlan
-from .planning import Material, Planner, Planning, settle
+from .planning import Material, Planner, Planning, check_stock, settle
 from .recipes import RecipeLike
 from .report import account
 from .wording import counted
@@ -277,6 +277,7 @@ def prune(
     if isinstance(plan, str | os.PathLike):
         plan = PrunePlan.load(plan)
     how, chosen = settle(recipe, given, ratio, selection, plan, options, seed)
+    check_stock(stock, model)
     replayed = plan is not None
     if replayed and how.compensation == "none" and calibration is not None:
         raise UsageError("plan= is replayed as it is, and reads no text: leave out calibration=, or give compensation= with it")

@@ -27,7 +27,7 @@ from .passes.dependency import PLAN, DependencyPass, groups_of
 from .passes.importance import SCORES
 from .passes.rewrite import RewritePass
 from .passes.verify import VerifyPass
-from .planning import Material, Planner, Planning, settle
+from .planning import Material, Planner, Planning, check_stock, settle
 from .recipes import RecipeLike
 from .wording import counted
 
@@ -191,6 +191,7 @@ class Pipeline:
         """
         given = {f.name: settings.pop(f.name) for f in fields(Planning) if f.name in settings}
         how, chosen = settle(recipe, given, ratio, None, None, settings, seed)
+        check_stock(given.get("stock"), model)
         assert chosen is not None
         if inputs is None and model is None and calibration is None:
             raise UsageError("there is nothing to verify the pruned module on: give inputs=, model= or calibration=")

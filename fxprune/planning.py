@@ -375,6 +375,17 @@ class Planner:
         return dataclasses.replace(plan, curves=first)
 
 
+def check_stock(stock: bool | None, model: object) -> None:
+    """Refuse ``stock=True``, where it is said and not a recipe's, of what has no configuration.
+
+    Raises:
+        UsageError: The model is a plain module, or is not known.
+    """
+    if stock is True and not (hasattr(model, "config") and hasattr(model, "save_pretrained")):
+        what = "there is no model=" if model is None else f"a plain {type(model).__name__} has none"
+        raise UsageError(f"stock=True keeps to what a Hugging Face configuration can say, and {what}: leave it out")
+
+
 def leaving(chosen: Selection, patterns: Sequence[str]) -> Selection:
     """A selection that leaves more whole."""
     return dataclasses.replace(chosen, protect=(*chosen.protect, *patterns))

@@ -153,6 +153,14 @@ def test_refusals(options: dict[str, Any], said: str) -> None:
     assert str(caught.value) == said
 
 
+def test_what_has_no_configuration() -> None:
+    said = "stock=True keeps to what a Hugging Face configuration can say, and "
+    with pytest.raises(UsageError, match=f"^{said}a plain Linear has none: leave it out$"):
+        fxprune.prune(nn.Linear(4, 4), 0.1, criterion="l2", stock=True, inputs=(torch.ones(2, 4),))
+    with pytest.raises(UsageError, match=f"^{said}there is no model=: leave it out$"):
+        Pipeline.from_recipe("uniform", 0.1, stock=True, inputs={"input_ids": tokens(2, 16)})
+
+
 def test_widths_of_its_own_beside_the_recipe() -> None:
     result = fxprune.prune(build("gpt2"), 0.15, widths="per-layer", kinds="kv_heads", **{**QUICK, "ranking": "local"})
     assert result.plan.recipe["stock"] is False
