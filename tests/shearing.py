@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -18,8 +19,10 @@ from torch.fx import GraphModule
 import fxprune
 from fxprune import ShearResult
 from fxprune.groups import Groups
+from fxprune.lorashear import parts
 
-from .curricula import dense
+from .curricula import dense, write_sources
+from .recovering import write_instructions
 from .zoo import build, tokenizer, tokens
 
 SHEAR: dict[str, Any] = {
@@ -63,6 +66,18 @@ def sheared(output: Path, data: Any, *, model: Any = None, ratio: float = 0.2, *
     budget = {} if "tokens" in settings else {"steps": 20}
     chosen = {"tokenizer": tokenizer(), **budget, **SHEAR, **settings}
     return fxprune.shear(dense() if model is None else model, ratio, data, output=output, **chosen)
+
+
+def three_sources(place: Path) -> list[str]:
+    """Two sources of text, and instructions."""
+    return [*write_sources(place), str(write_instructions(place / "alpaca.jsonl"))]
+
+
+def uninterrupted(output: Path, files: Sequence[str]) -> ShearResult:
+    """A shearing of two stages."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "trace", traced_once)
+        return sheared(output, list(files[:2]), then=[files[2]])
 
 
 def weights(directory: Path) -> dict[str, Tensor]:

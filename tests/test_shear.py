@@ -25,18 +25,15 @@ from fxprune.lorashear.work import WorkDirectory
 from fxprune.recovery.loop import Training
 
 from .closeness import relative
-from .curricula import dense, write_sources
-from .recovering import write_instructions
+from .curricula import dense
 from .reported import unreadable
-from .shearing import Killed, killed_at, sheared, traced_once
+from .shearing import Killed, killed_at, sheared, three_sources, traced_once, uninterrupted
 from .zoo import build, tokenizer, tokens
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two sources, and instructions."""
-    place = tmp_path_factory.mktemp("sources")
-    return [*write_sources(place), str(write_instructions(place / "alpaca.jsonl"))]
+    return three_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +43,7 @@ def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def whole(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> ShearResult:
-    """A shearing of two stages that was never interrupted."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "trace", traced_once)
-        return sheared(tmp_path_factory.mktemp("whole") / "out", files[:2], then=[files[2]])
+    return uninterrupted(tmp_path_factory.mktemp("whole") / "out", files)
 
 
 def weights(directory: Path) -> dict[str, Tensor]:

@@ -18,16 +18,13 @@ from fxprune.lorashear import parts, run
 from fxprune.lorashear.lhspg import LHSPG
 from fxprune.lorashear.work import WorkDirectory
 
-from .curricula import dense, write_sources
-from .recovering import write_instructions
-from .shearing import Killed, killed, killed_at, sheared, traced_once, weights
+from .curricula import dense
+from .shearing import Killed, killed, killed_at, sheared, three_sources, traced_once, uninterrupted, weights
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two sources, and instructions."""
-    place = tmp_path_factory.mktemp("sources")
-    return [*write_sources(place), str(write_instructions(place / "alpaca.jsonl"))]
+    return three_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +34,7 @@ def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def whole(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> ShearResult:
-    """A shearing of two stages that was never interrupted."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "trace", traced_once)
-        return sheared(tmp_path_factory.mktemp("whole") / "out", files[:2], then=[files[2]])
+    return uninterrupted(tmp_path_factory.mktemp("whole") / "out", files)
 
 
 MOMENTS = [
