@@ -225,3 +225,25 @@ def test_it_is_an_optimizer_with_the_parameters_of_the_other() -> None:
     optimizer.zero_grad()
     assert more.grad is None
     assert bool((more < 0).all())
+
+
+def test_hooks_of_a_state_are_called_as_torch_calls_them() -> None:
+    _, first = made()
+    _, second = made()
+    called: list[str] = []
+
+    def note(of: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        called.append("saved")
+        return {**state, "note": "mine"}
+
+    def drop(of: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        called.append(f"found {state.pop('note')}")
+
+    first.register_state_dict_pre_hook(lambda of: called.append("saving"))
+    first.register_state_dict_post_hook(note)
+    second.register_load_state_dict_pre_hook(drop)
+    second.register_load_state_dict_post_hook(lambda of: called.append(f"loaded by {type(of).__name__}"))
+    state = first.state_dict()
+    second.load_state_dict(state)
+    assert called == ["saving", "saved", "found mine", "loaded by LHSPG"]
+    assert state["note"] == "mine"  # a hook changes a copy

@@ -221,8 +221,11 @@ class LHSPG(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state and, under ``"lhspg"``, the rest: tensors and plain data.
 
-        Frozen weights that are shrinking are in it too, so that it and what is trained are all that a run needs to go on.
+        Frozen weights that are shrinking are in it too, so that it and what is trained are all that a run needs to go on. Hooks
+        that were registered on it are called, as `torch.optim.Optimizer.state_dict` does.
         """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         active = {
             name: {
                 "units": own.units.clone(),
@@ -239,11 +242,15 @@ class LHSPG(torch.optim.Optimizer):
             "active": active,
             "history": [dict(entry) for entry in self.history],
         }
-        return {**self.inner.state_dict(), STATE: own}
+        made = {**self.inner.state_dict(), STATE: own}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, made)
+            made = made if changed is None else changed
+        return made
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken: also sets the base weights of redundant units.
+        """Go on where `state_dict` was taken: also sets the base weights of redundant units. Calls the hooks registered on it.
 
         Args:
             state_dict: From an optimizer of the same model with the same settings.
@@ -251,6 +258,10 @@ class LHSPG(torch.optim.Optimizer):
         Raises:
             UsageError: It is another optimizer's, another model's, or was taken with other settings.
         """
+        state_dict = state_dict.copy()  # a hook may change it
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         rest = {key: value for key, value in state_dict.items() if key != STATE}
         own = state_dict.get(STATE)
         if own is None:
@@ -279,6 +290,8 @@ class LHSPG(torch.optim.Optimizer):
                     slice_.put(found["values"][slice_.part.key])
             self._active[name] = active
         self._retire({name: units.clone() for name, units in own["zero"].items()})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse to be copied or pickled.
