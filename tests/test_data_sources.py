@@ -72,6 +72,29 @@ def test_what_is_no_source(given: Any, text: str) -> None:
     assert error(parse_sources, given) == text
 
 
+LONG = "many words " * 50
+
+
+@pytest.mark.parametrize(
+    ("call", "given", "start"),
+    [
+        (parse_sources, "one line\nand another, with a comma", "one line\nand another, with a comma"),
+        (parse_sources, LONG, LONG[:40]),
+        (parse_sources, [LONG], LONG[:40]),
+        (Source, LONG, LONG[:40]),
+    ],
+)
+def test_a_text_is_no_source(call: Any, given: Any, start: str) -> None:
+    assert error(call, given) == f"'{start}...' is a text, and not the name of one: write it to a file, and name that"
+
+
+def test_a_mixture_may_be_longer_than_a_name() -> None:
+    names = [f"owner{i:02}/a-set-with-a-name-of-some-length" for i in range(12)]
+    assert [s.name for s in parse_sources(",".join(f"{n}=1" for n in names).replace("/", "_"))] == [
+        n.replace("/", "_") for n in names
+    ]
+
+
 def test_fields_of_a_source_are_checked() -> None:
     assert error(Source, " ") == "a source of text needs a name: a file, or a dataset as name, name:split or name:config:split"
     assert error(Source, "a", template="alpacca") == (

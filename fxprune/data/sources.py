@@ -35,6 +35,9 @@ Sources: TypeAlias = "str | os.PathLike[str] | Source | Iterable[str | os.PathLi
 
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
+_LONGEST = 255
+"""Bytes that a part of a path may have on common file systems."""
+
 _PART = re.compile(r"(?P<name>[^\[\]=]+)(?:\[(?P<column>[^\[\]]*)\])?(?:=(?P<weight>.*))?", re.DOTALL)
 
 
@@ -61,6 +64,9 @@ class Source:
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise UsageError("a source of text needs a name: a file, or a dataset as name, name:split or name:config:split")
+        named = "\n" not in self.name and max(len(part.encode()) for part in self.name.split("/")) <= _LONGEST
+        if not named and not os.path.isfile(self.name):
+            raise UsageError(f"'{self.name.strip()[:40]}...' is a text, and not the name of one: write it to a file, and name that")
         if self.column is not None and not self.column:
             raise UsageError(f"the column of '{self.name}' has no name: write {self.name}[column]")
         if not isinstance(self.weight, int | float) or not math.isfinite(self.weight) or self.weight <= 0:
@@ -86,7 +92,7 @@ class Source:
             UsageError: The name can only be a file's, and there is none.
         """
         path = Path(self.name)
-        if path.is_file():
+        if os.path.isfile(self.name):
             return path
         folder = Path(self.name.partition(":")[0])
         looks = path.suffix in (*FILE_KINDS, ".gz") or path.is_absolute() or self.name.startswith(".")
@@ -148,7 +154,7 @@ def _whole(source: Source) -> str:
 
 
 def _parse(text: str) -> Iterator[Source]:
-    if Path(text).is_file():
+    if os.path.isfile(text) or "\n" in text:  # a path that is too long is no file, and no error
         yield Source(text)
         return
     for part in text.split(","):

@@ -75,7 +75,7 @@ def text_rows(source: str | os.PathLike[str], *, name: str = "", protocol: str =
 
 def _dataset_rows(source: str | os.PathLike[str], name: str, tokenizer: Any) -> list[str]:
     path = Path(source)
-    if not path.is_file() or Source(os.fspath(source)).kind != ".txt":
+    if not os.path.isfile(path) or Source(os.fspath(source)).kind != ".txt":
         return list(read_texts(source, tokenizer))
     lines = text_lines(path)
     if any(label.lower().startswith("wikitext") for label in (name, path.name)):
