@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from .calibration import Calibration, vocabulary_of
 from .capture import trace
 from .checkpoint.config import Unsolved, solve_config
-from .checkpoint.eager import Surgery, call, judge, new_biases, operate, padded, sliced_state
+from .checkpoint.eager import Surgery, caches, call, judge, new_biases, operate, padded, sliced_state
 from .checkpoint.per_layer import save_itself
 from .checkpoint.save import save_pruned
 from .criteria import Criterion, UserCriterion
@@ -365,7 +365,7 @@ def _eager(
     """The eager pruned model: a stock class with a solved configuration if there is one, else resized modules."""
     with torch.no_grad():
         reference = call(small, probe)
-    same = judge(reference, probe, tolerance, padded(model, probe))
+    same = judge(reference, probe, tolerance, padded(model, probe), cached=caches(model, probe, tolerance), exact=small)
     note = ""
     if hasattr(model, "config") and hasattr(model, "save_pretrained"):
         try:

@@ -24,6 +24,7 @@ from ._compat import CANNOT_TELL, FakeTensorMode, dynamic_size_errors, quiet_tre
 from .errors import CaptureError, UsageError
 from .mode import quiet
 from .quantised import refuse_quantised
+from .wording import listed
 
 log = logging.getLogger("fxprune")
 
@@ -101,6 +102,8 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         if any(_mutates(n) for n in exported.graph.nodes):
             with quiet_trees():
                 exported = exported.run_decompositions({})
+    if changed := sorted(set(exported.graph_signature.buffers_to_mutate.values())):
+        log.warning("the model's forward changes its buffers (%s); the graph reads them as they are now", listed(changed, 3))
     gm: GraphModule = exported.module(check_guards=False)
     canonicalise(gm, _adopt(gm, model))
     return gm

@@ -118,9 +118,13 @@ def named(text: str) -> dict[str, str]:
 
 def _mapping(text: str) -> dict[str, float]:
     try:
-        return {k.strip(): float(v) for k, v in (item.split("=") for item in text.split(","))}
+        parts = [(k.strip(), float(v)) for k, v in (item.split("=") for item in text.split(","))]
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not of the form kind=number,kind=number") from None
+    names = [name for name, _ in parts]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise argparse.ArgumentTypeError(f"'{text}' names {twice[0]} twice")
+    return dict(parts)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -201,7 +201,7 @@ class PrunePlan:
                 scores={n: torch.tensor(s, dtype=torch.float32) for n, s in data.get("scores", {}).items()},
                 curves={n: [(int(units), float(change)) for units, change in c] for n, c in data.get("curves", {}).items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise PlanError(f"the plan is damaged: {reason}") from error
 

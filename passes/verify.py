@@ -140,7 +140,7 @@ def verify(gm: GraphModule, small: nn.Module, plan: PrunePlan, inputs: Any, *, t
     allowed, rounding = tolerance if tolerance is not None else tolerance_of(gm), None
     error, reference, outputs = _compared(gm, small, plan, args, kwargs)
     if not error <= allowed and tolerance_of(gm) > TOLERANCES[torch.float64]:
-        args, kwargs = torch.utils._pytree.tree_map(_double, (args, dict(kwargs)))
+        args, kwargs = torch.utils._pytree.tree_map(in_float64, (args, dict(kwargs)))
         try:
             with in_double(gm, small):
                 wide, _, _ = _compared(gm, small, plan, args, kwargs)
@@ -163,7 +163,8 @@ def _compared(
     return relative_error(expected, actual), said, len(_floats(expected))
 
 
-def _double(value: Any) -> Any:
+def in_float64(value: Any) -> Any:
+    """A floating-point tensor in float64; anything else as it is."""
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -423,7 +424,8 @@ def _contraction(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of
     The first factor is masked along its last dimension: ``a @ b``, ``c + a @ b``, ``linear`` and their kin. Where the other is a
     parameter, its zeros do that already.
     """
-    if any(isinstance(spaces.get(k), Value) and spaces[k].tensor is not None for k in ("weight", "mat2", "batch2", "other", "vec")):
+    others = (spaces.get(k) for k in ("weight", "mat2", "batch2", "other", "vec"))
+    if any(isinstance(other, Value) and isinstance(other.tensor, nn.Parameter) for other in others):
         return None
     name = next(k for k in ("batch1", "mat1", "input", "self") if isinstance(a.get(k), Tensor))
     x = a[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -181,6 +181,21 @@ def test_a_trace_that_holds_for_one_size_only_is_made_again(caplog: pytest.LogCa
     torch.testing.assert_close(gm(x), model(x))
     with pytest.raises(RuntimeError, match=r"shape\[1\]"):
         gm(torch.randn(3, 11, 5))
+
+
+def test_a_forward_that_changes_a_buffer_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            cast(Tensor, self.calls).add_(1)
+            return cast(Tensor, self.down(torch.relu(self.up(x))))
+
+    fxprune.trace(Counter(), (torch.randn(2, 8),))
+    assert "the model's forward changes its buffers (calls); the graph reads them as they are now" in caplog.text
 
 
 def test_the_order_of_keywords_does_not_hide_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -103,3 +103,22 @@ def test_plain_module_checkpoints_that_cannot_be_read(tmp_path: Path) -> None:
     (out / "fxprune_surgery.json").write_text("{")
     with pytest.raises(CheckpointError, match=f"cannot load '{out}' into this Residual: Expecting"):
         fxprune.load(out, model=dense)
+
+
+def test_a_buffer_outside_the_state_is_cut_and_kept(tmp_path: Path) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+            self.register_buffer("gate", torch.randn(12), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.down(torch.relu(self.up(x)) * cast(Tensor, self.gate)))
+
+    dense, x = Gated().eval(), torch.randn(2, 8)
+    result = prune(dense, units={"ffn": 0.5}, inputs=(x,), recipe="magnitude")
+    result.save_pretrained(tmp_path / "small")
+    model: Any = result.model
+    assert torch.equal(fxprune.load(tmp_path / "small", model=dense)(x), model(x))
+    assert model.gate.shape == (6,)
+    assert dict(model.state_dict()).keys() == dict(dense.state_dict()).keys()  # it still is none of the state's

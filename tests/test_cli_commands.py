@@ -296,6 +296,10 @@ def test_eval_states_its_protocol(run: Run) -> None:
 def test_groups(run: Run, tmp_path: Path) -> None:
     rows = json.loads(run("groups", "dense", "--json").out)
     assert {"hidden", "kv_heads", "query_groups", "head_dim", "ffn"} <= {r["kind"] for r in rows}
+    assert [r for r in rows if r["prunable"]] == json.loads(run("groups", "dense", "--json", "--prunable").out) != rows
+    ran = run("groups", "dense", "--json", "--export", str(tmp_path / "both.json"))
+    assert json.loads(ran.out) == rows
+    assert (tmp_path / "both.json").is_file()
     table = run("groups", "dense", "--meta", "--prunable").out
     assert "ffn" in table
     assert "embed_tokens.other" not in table

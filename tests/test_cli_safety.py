@@ -86,6 +86,18 @@ def test_what_is_read_is_not_replaced(
     link.unlink()
 
 
+def test_a_file_with_the_model_is_not_replaced(run: Run, place: Path, checkpoint: Path) -> None:
+    """As repositories of GGUF files are: the weights lie beside a configuration."""
+    old = place / "old"
+    shutil.copytree(checkpoint, old)
+    (old / "model.gguf").write_bytes(b"GGUF")
+    ran = run("prune", "old/model.gguf", "--ratio", "0.2", "-o", "old", "--overwrite")
+    assert (ran.status, ran.out) == (2, "")
+    assert "the output 'old' holds the model 'old/model.gguf'; choose another directory" in ran.said
+    assert (old / "model.gguf").is_file()
+    shutil.rmtree(old)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -257,6 +257,7 @@ DAMAGES: list[tuple[list[str], Any, str]] = [
     (["recipe"], ..., "'recipe' is missing"),
     (["scores", "hidden"], ["a"], ""),
     (["scores"], 1, ""),
+    (["curves"], {"hidden": [[float("inf"), 1.0]]}, "cannot convert float infinity to integer"),
 ]
 
 

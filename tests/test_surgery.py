@@ -1,16 +1,23 @@
-"""The surgery that a per-layer checkpoint describes: lists that are shortened, fields of a module's own, and two in a row."""
+"""Surgery on eager models: which numbers follow a size and which do not, lists that are shortened, fields of a module's own."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
-from transformers import PhiConfig
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PhiConfig
 
-from fxprune.checkpoint.eager import combined, renamed
+import fxprune
+from fxprune.api import example_inputs
+from fxprune.checkpoint.eager import caches, combined, judge, renamed
 from fxprune.checkpoint.surgery import apply_surgery, set_attribute
+
+from .zoo import build
 
 
 def test_lists_inside_lists_are_renumbered_first() -> None:
@@ -73,3 +80,60 @@ def test_two_surgeries_combined() -> None:
         "attributes": {"layers.0": {"a": 1}, "head": {"a": 1, "b": 3}},
         "dense": {"n_layer": 4},
     }
+
+
+def llama(**more: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **{**sizes, "num_hidden_layers": 4, **more})).eval()
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=4, n_head=2, initializer_range=0.3, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("dense", "units", "numbers"),
+    [
+        (partial(llama, initializer_range=0.3), {"query_groups": 0.5}, "model.layers.{}.self_attn"),
+        (gpt2, {"kv_heads": 0.5}, "transformer.h.{}.attn"),
+    ],
+)
+def test_a_number_of_a_layer_is_no_size(dense: Callable[[], Any], units: dict[str, float], numbers: str) -> None:
+    """Two heads a group, or two heads, become one: layer 2 stays layer 2, or two layers would share a place in the cache."""
+    result = fxprune.prune(dense(), units=units, recipe="magnitude", widths="per-layer", protect_first=1)
+    model: Any = result.model
+    assert result.form == "per-layer"
+    assert [model.get_submodule(numbers.format(i)).layer_idx for i in range(4)] == [0, 1, 2, 3]
+    ids = torch.randint(1, 64, (1, 8), generator=torch.Generator().manual_seed(0))
+    whole, cached = (model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=c).tolist() for c in (False, True))
+    assert whole == cached
+
+
+def test_what_a_cache_would_get_wrong_is_no_candidate() -> None:
+    model: Any = build("llama")
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        reference = model(**inputs, use_cache=False)
+    assert caches(model, inputs, 1e-4)
+    blind, same = judge(reference, inputs, 1e-4), judge(reference, inputs, 1e-4, cached=True)
+    assert blind(model) is None
+    assert same(model) is None
+    model.model.layers[1].self_attn.layer_idx = 0
+    assert blind(model) is None
+    assert "with a KV cache" in str(same(model))
+    assert not caches(model, inputs, 1e-4)
+    assert not caches(build("bert"), inputs, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_coarse_dtype_hides_no_other_model(dtype: torch.dtype) -> None:
+    """A stock class computes the scale of attention from the size of a head: smaller than rounding, and not rounding."""
+    dense = llama(num_hidden_layers=2, initializer_range=0.03).to(dtype)
+    result = fxprune.prune(dense, units={"head_dim": 0.125}, kinds=["head_dim"], recipe="magnitude")
+    model: Any = result.model
+    assert result.form == "per-layer"
+    assert model.model.layers[0].self_attn.scaling == 0.25
+    assert all(p.dtype == dtype for p in model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -246,3 +247,48 @@ def test_rounding_is_said() -> None:
     gm, small, plan, x = chaotic(torch.float64)
     wide = Record("small", {"verify": verify(gm, small, plan, x).to_json()})
     assert "(allowed 1e-08)\n" in render_markdown(page_of(wide))
+
+
+class Featured(nn.Module):
+    """Random features: what is read is a buffer, whose rows are nobody's weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(8, 12), nn.Linear(6, 4)
+        self.register_buffer("features", torch.randn(12, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.leave(torch.sigmoid(self.enter(x)) @ cast(Tensor, self.features)))
+
+
+def test_a_contraction_with_a_buffer_is_over_the_kept_units() -> None:
+    torch.manual_seed(0)
+    model, x = Featured().eval(), torch.randn(3, 8)
+    gm = trace(model, (x,))
+    groups = find_groups(gm)
+    (name,) = (n for n, g in groups.items() if g.prunable and g.size == 12)
+    kept = torch.arange(0, 12, 2)
+    plan = PrunePlan.from_keep(groups, {name: kept})
+    small = rewrite(gm, plan)
+    assert verify(gm, small, plan, (x,)).max_rel_error < 1e-6
+    expected = model.leave(torch.sigmoid(model.enter(x))[:, kept] @ cast(Tensor, model.features)[kept])
+    torch.testing.assert_close(small(x), expected)
+
+
+@pytest.mark.parametrize(("correction", "least"), [(0, 1), (1, 2), (2, 3)])
+def test_a_variance_keeps_as_many_as_it_needs(correction: int, least: int) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.leave = nn.Linear(8, 12), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.enter(x))
+            return cast(Tensor, self.leave(h / (h.std(-1, keepdim=True, correction=correction) + 1e-3)))
+
+    gm = trace(Scaled(), (torch.randn(3, 8),))
+    groups = find_groups(gm)
+    (group,) = (g for g in groups.values() if g.prunable and g.size == 12)
+    assert (group.least, group.normalised) == (least, True)
+    plan = PrunePlan.from_keep(groups, {group.name: range(least)})
+    assert verify(gm, rewrite(gm, plan), plan, (torch.randn(3, 8),)).ok

@@ -76,6 +76,24 @@ def check_apart(output: str | os.PathLike[str], **read: Iterable[str | os.PathLi
                 )
 
 
+def check_not_model(output: str | os.PathLike[str], model: str | os.PathLike[str]) -> None:
+    """Refuse to replace what a model is read from.
+
+    Args:
+        output: The directory that would be replaced.
+        model: A directory, a file, or a hub id.
+
+    Raises:
+        UsageError: They are the same, or the model is in the output.
+    """
+    if not Path(output).exists() or not Path(model).exists():
+        return
+    if os.path.samefile(output, model):
+        raise UsageError(f"the output '{os.fspath(output)}' is the model itself; choose another directory")
+    if Path(os.path.realpath(output)) in Path(os.path.realpath(model)).parents:
+        raise UsageError(f"the output '{os.fspath(output)}' holds the model '{os.fspath(model)}'; choose another directory")
+
+
 def _beside(target: Path, suffix: str) -> tuple[Path, int]:
     """A new directory beside the target, and the descriptor that holds the lock on it: as long as that is open, none sweeps it."""
     while True:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from .. import spaces
 from ..errors import CheckpointError
 from ..groups import Groups
-from ..mode import quiet
+from ..mode import evaluating, in_double, quiet
+from ..passes.batches import logits_of
 from ..passes.rewrite import slice_tensor
-from ..passes.verify import relative_error
+from ..passes.verify import IN_DOUBLE, TOLERANCES, in_float64, relative_error
 from ..plan import PrunePlan
 from ..spaces import Axis
 from .surgery import deepest_first, drop_entries, set_attribute, shorten_config
@@ -297,6 +298,9 @@ def _whole(run: tuple[spaces.Space, ...], units: Callable[[Axis], int]) -> int:
 
 Change = dict[tuple[str, str], Any]
 
+_NO_SIZE = re.compile(r"(^|_)(idx|index|id|layer_number|window|layers|position_embeddings)$")
+"""Names of integers that count something else than units, whatever they are equal to."""
+
 
 def _candidates(
     pruned: nn.Module, sizes: Mapping[str, list[tuple[int, int]]], changed: set[str], settled: set[tuple[str, str]]
@@ -307,6 +311,7 @@ def _candidates(
         (attributes of modules, fields of the configurations that modules hold).
     """
     table: dict[tuple[str, str, int], Change] = {}
+    numbers = {path: set(numbering(module)) for path, module in pruned.named_modules() if isinstance(module, nn.ModuleList)}
     paths = {n.rsplit(".", 1)[0] for n in changed}
     near = paths | {p.rsplit(".", 1)[0] for p in paths if "." in p}
     for path, module in pruned.named_modules():
@@ -318,7 +323,9 @@ def _candidates(
         if hasattr(own.get("config"), "to_dict") and not hasattr(module, "save_pretrained"):
             own |= {f"config.{field}": value for field, value in own["config"].to_dict().items()}
         for key, value in own.items():
-            if not isinstance(value, int) or isinstance(value, bool) or (path, key) in settled:
+            if not isinstance(value, int) or isinstance(value, bool) or (path, key) in settled or _NO_SIZE.search(key):
+                continue
+            if any(path.startswith(f"{entries}.") and key in keys for entries, keys in numbers.items()):
                 continue
             for rank, (_, after) in enumerate(sorted(p for p in options if p[0] == value)):
                 table.setdefault((type(module).__name__, key, rank), {})[path, key] = after
@@ -371,7 +378,37 @@ def padded(model: nn.Module, inputs: Any) -> Any:
     return masked
 
 
-def judge(reference: Any, inputs: Any, tolerance: float, masked: Any = None) -> Callable[[nn.Module], str | None]:
+def last_by_cache(model: nn.Module, inputs: Any) -> Tensor | None:
+    """Logits ``[samples, vocabulary]`` of the last token, with a KV cache of those before it; None if the model keeps none."""
+    if not isinstance(inputs, Mapping) or set(inputs) != {"input_ids"} or not hasattr(model, "config"):
+        return None
+    ids = inputs["input_ids"]
+    with evaluating(model), torch.no_grad():
+        past = getattr(model(input_ids=ids[:, :-1], use_cache=True), "past_key_values", None)
+        return None if past is None else logits_of(model(input_ids=ids[:, -1:], past_key_values=past, use_cache=True))[:, -1]
+
+
+def caches(model: nn.Module, inputs: Any, tolerance: float) -> bool:
+    """Whether a model puts out with a KV cache what it does without."""
+    try:
+        found = last_by_cache(model, inputs)
+        if found is None:
+            return False
+        with quiet(model), torch.no_grad():
+            return relative_error(logits_of(call(model, inputs))[:, -1], found) <= tolerance
+    except Exception:  # noqa: BLE001 - then nobody can ask it of the pruned model
+        return False
+
+
+def judge(
+    reference: Any,
+    inputs: Any,
+    tolerance: float,
+    masked: Any = None,
+    *,
+    cached: bool = False,
+    exact: nn.Module | None = None,
+) -> Callable[[nn.Module], str | None]:
     """A judge of candidates: runs one on the inputs and compares its outputs with the reference's.
 
     Args:
@@ -379,16 +416,39 @@ def judge(reference: Any, inputs: Any, tolerance: float, masked: Any = None) -> 
         inputs: A mapping of keyword arguments, a tuple, or one tensor.
         tolerance: Largest relative error.
         masked: Inputs that it must be able to run on besides, or None; see `padded`.
+        cached: It must predict the last token with a KV cache too; see `caches`.
+        exact: The rewritten graph. Where the outputs differ by more than rounding in float32 would explain, but not by more than
+            ``tolerance`` (in bfloat16 that is loose), both are compared again in float64, if there is memory for it.
     """
 
     def same(model: nn.Module) -> str | None:
+        allowed = tolerance
         try:
             with quiet(model), torch.no_grad():
                 error = relative_error(reference, call(model, inputs))
                 if masked is not None and error <= tolerance:
                     call(model, masked)
+            if exact is not None and TOLERANCES[torch.float32] < error <= tolerance:
+                again = _error_in_double(exact, model, inputs)
+                error, allowed = (error, allowed) if again is None else (again, IN_DOUBLE)
+            if cached and error <= allowed:
+                found = last_by_cache(model, inputs)
+                off = math.inf if found is None else relative_error(logits_of(reference)[:, -1], found)
+                if not off <= tolerance:
+                    return f"relative error {off:.1e} with a KV cache"
         except Exception as problem:  # noqa: BLE001 - a candidate that cannot run is simply not the one
             return f"{type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
-        return None if error <= tolerance else f"relative error {error:.1e}"
+        return None if error <= allowed else f"relative error {error:.1e}"
 
     return same
+
+
+def _error_in_double(exact: nn.Module, model: nn.Module, inputs: Any) -> float | None:
+    """The relative error in float64; None if that cannot be had."""
+    doubled = torch.utils._pytree.tree_map(in_float64, inputs)
+    try:
+        with in_double(exact, model), quiet(exact), quiet(model), torch.no_grad():
+            return relative_error(call(exact, doubled), call(model, doubled))
+    except Exception as problem:  # noqa: BLE001 - no memory for it, or an operator that insists on its dtype
+        log.info("the comparison cannot be made again in float64: %s", problem)
+        return None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,14 @@ def write_per_layer(model: Any, dense_config: Any, spec: Mapping[str, Any], dire
     config = copy.deepcopy(dense_config)
     config.fxprune = {"format": 1, **spec}
     config.auto_map = {auto_class(stock, type(config)): f"{MODELING}.{stock.__name__}"}
-    own, persistent = model.config, _persist(model, spec)
+    own = model.config
     options["save_original_format"] = False  # transformers does not rename parameters for code that travels with a checkpoint
     try:
         model.config = config
-        stock.save_pretrained(model, directory, *args, **options)
+        with persisted(model, spec):
+            stock.save_pretrained(model, directory, *args, **options)
     finally:
         model.config = own
-        for owner, leaf in persistent:
-            owner._non_persistent_buffers_set.add(leaf)
     if not options.get("is_main_process", True):
         return
     written = json.loads((directory / "config.json").read_text())
@@ -118,15 +118,20 @@ def auto_class(model: type, config: type) -> str:
     return "AutoModelForCausalLM"
 
 
-def _persist(model: nn.Module, spec: Mapping[str, Any]) -> list[tuple[nn.Module, str]]:
-    """Resized buffers are stored with the weights: a stock class would compute them for the dense size."""
+@contextmanager
+def persisted(model: nn.Module, spec: Mapping[str, Any]) -> Iterator[None]:
+    """Resized buffers belong to the state within: a dense class would compute them for the dense size."""
     changed = []
     for name in spec.get("buffers", {}):
         owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if leaf in owner._non_persistent_buffers_set:
             owner._non_persistent_buffers_set.discard(leaf)
             changed.append((owner, leaf))
-    return changed
+    try:
+        yield
+    finally:
+        for owner, leaf in changed:
+            owner._non_persistent_buffers_set.add(leaf)
 
 
 def modeling_source(base: type) -> str:

@@ -17,6 +17,7 @@ from ..names import PLAN_FILE, REPORT_FILE, SPEC_FILE
 from ..reporting.page import write_pages
 from .directory import new_directory
 from .eager import call, judge
+from .per_layer import persisted
 
 if TYPE_CHECKING:
     from ..api import PruneResult
@@ -88,7 +89,8 @@ def _write_module(result: PruneResult, work: Path) -> None:
     from safetensors.torch import save_model
 
     assert result.model is not None
-    save_model(result.model, str(work / "model.safetensors"))
+    with persisted(result.model, result.surgery):
+        save_model(result.model, str(work / "model.safetensors"))
     (work / SPEC_FILE).write_text(json.dumps({"format": 1, **result.surgery}) + "\n")
 
 

@@ -26,6 +26,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--block says what --picture draws: give --picture FILE with it")
     if arguments.export:
         check_graph(Path(arguments.export))
+    idle = ("export", "picture", "json", "prunable", "expand")
+    if arguments.why and (other := next((name for name in idle if getattr(arguments, name)), "")):
+        raise UsageError(f"--why says what couples two parameters, and nothing else: leave out --{other}")
+    if arguments.json and arguments.expand:
+        raise UsageError("--json lists every group by itself, as --expand does in the table: leave out --expand")
     model, _ = load_model(arguments, meta=arguments.meta)
     found: Groups = find_groups(trace(model, example_inputs(model)))
     if arguments.why:
@@ -41,10 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.picture:
         draw_block(found, arguments.picture, arguments.block)
         console.print(f"wrote {arguments.picture}", markup=False)
-    if arguments.export or arguments.picture:
-        return 0
     if arguments.json:
-        dump([asdict(row) for row in group_rows(found)])
+        dump([asdict(row) for row in group_rows(found, only_prunable=arguments.prunable)])
+    if arguments.json or arguments.export or arguments.picture:
         return 0
     wide_console().print(group_table(found, only_prunable=arguments.prunable, expand=arguments.expand))
     return 0

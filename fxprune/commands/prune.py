@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from os.path import samefile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..api import example_inputs
 from ..api import prune as prune_model
 from ..calibration import longest_input, read_texts
 from ..capture import trace
-from ..checkpoint.directory import check_apart, check_target
+from ..checkpoint.directory import check_apart, check_not_model, check_target
 from ..cost import costs
 from ..criteria import CRITERIA
 from ..data import parse_sources
@@ -100,8 +99,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[PrunePlan | None, Selection
         text = [source.file for source in parse_sources(arguments.calibration)] if arguments.calibration else []
         files = {name: [getattr(arguments, name)] for name in ("knowledge", "recipe")}
         check_apart(arguments.output, calibration=text, **files)
-        if Path(arguments.output).exists() and Path(arguments.model).exists() and samefile(arguments.output, arguments.model):
-            raise UsageError(f"the output '{arguments.output}' is the model itself; choose another directory")
+        check_not_model(arguments.output, arguments.model)
     if arguments.plan:
         for name in ("ratio", *WHAT, "knowledge"):
             if getattr(arguments, name) is not None:
@@ -157,7 +155,7 @@ def _dry_run(
     else:
         plan.check(groups)
     before, after = costs(groups, plan)
-    notes = [*said, *([note] if (note := plan.recipe.get("note")) else [])]
+    notes = [*said, *([str(note)] if (note := plan.recipe.get("note")) else [])]
     if guessed:
         notes.append("scored by magnitude, without calibration; the widths of a real run may differ")
     if guessed and wanted is not None and wanted.ranking == "measured" and wanted.widths == "per-layer":

@@ -68,10 +68,10 @@ def _run(arguments: argparse.Namespace) -> int:
 def _written(path: Path) -> dict[str, Any]:
     """The checkpoint's report, empty if there is none to read."""
     try:
-        found: dict[str, Any] = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
+        found = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def _changed(report: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from ..api import example_inputs
 from ..calibration import BATCH, LENGTH, SAMPLES, Calibration, load_calibration
 from ..capture import trace
 from ..criteria import Criterion, UserCriterion, find_criterion
-from ..errors import UsageError
+from ..errors import UsageError, check_whole
 from ..files import write_whole
 from ..groups import Groups
 from ..passes.batches import Progress
@@ -101,6 +101,8 @@ def explore(
         raise UsageError("scores= are shown as they are: leave out criterion=")
     if found is not None and isinstance(model, Groups):
         raise UsageError("criterion= needs the model; with groups, give scores=")
+    for name, value in (("samples", samples), ("length", length), ("batch_size", batch_size)):
+        check_whole(name, value, 1)
     if calibration is not None:
         check_reads(criterion)
     read = plan if plan is None or isinstance(plan, PrunePlan) else PrunePlan.load(plan)

@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 
 from ..api import versions
 from ..calibration import longest_input
-from ..checkpoint.directory import check_apart, check_target, new_directory
+from ..checkpoint.directory import check_apart, check_not_model, check_target, new_directory
 from ..checkpoint.save import save_pruned
 from ..checkpoint.source import load_source
 from ..data import Source, Sources
@@ -117,8 +117,8 @@ def shear(
     done = work.delivered and not restart
     if not done:
         check_target(output, overwrite=overwrite)
-    if isinstance(model, str | os.PathLike) and Path(model).exists() and Path(output).exists() and os.path.samefile(output, model):
-        raise UsageError(f"the output '{os.fspath(output)}' is the model itself; choose another directory")
+    if isinstance(model, str | os.PathLike):
+        check_not_model(output, model)
     file = None if isinstance(knowledge, Knowledge) else knowledge
     settings_file = recipe if isinstance(recipe, str | os.PathLike) else None
     check_apart(output, data=[s.file for s in curriculum.sources.values()], knowledge=[file], recipe=[settings_file])

@@ -7,11 +7,12 @@ kept units.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from ..spaces import mark, size_of
+from ..spaces import mark, require, size_of
 from .registry import Call, Resize, Spaces, rule
 
 aten: Any = torch.ops.aten
@@ -45,13 +46,23 @@ def norm(call: Call) -> Any:
     return _collapse(call) if call["ord"] in (None, "fro") or (vectors and call["ord"] in (2, 2.0)) else extreme(call)
 
 
-@rule(aten.mean, aten.var, aten.std, aten.var_mean)
+@rule(aten.mean)
 def statistic(call: Call) -> Any:
     """Averages over an axis: marked normalised."""
     for d in _reduced(call)[0]:
         mark(call["self"][d], "normalised")
     out = _collapse(call)
     return out if len(call.shapes) == 1 else [out for _ in call.shapes]
+
+
+@rule(aten.var, aten.std, aten.var_mean)
+def variance(call: Call) -> Any:
+    """The same; one entry more than its correction has to stay."""
+    correction = call.get("correction")
+    least = 1 + (int(bool(call.get("unbiased", True))) if correction is None else math.floor(correction))
+    for d in _reduced(call)[0]:
+        require(call["self"][d], least, f"the variance of fewer entries is not defined at {call.why}")
+    return statistic(call)
 
 
 @rule(aten.max, aten.min, aten.amax, aten.amin, aten.prod, aten.any, aten.all, aten.logsumexp)
