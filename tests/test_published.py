@@ -134,11 +134,15 @@ def test_zero_shot() -> None:
     for label, cells in shown.items():
         name, after = labels[label]
         row = rows[name, 0.0 if name == "dense" else 0.2]
-        tasks = (row["recovered"] if after else row)["tasks"]
-        scores = [100 * task[task["metric"]] for task in tasks["tasks"]]
-        assert_shown(cells, [*scores, 100 * tasks["average"], 100 * above_chance(tasks), 100 * above_chance(tasks, "boolq")])
-        spread = sum(task[f"{task['metric']}_stderr"] ** 2 for task in tasks["tasks"]) ** 0.5 / len(tasks["tasks"])
-        assert 0.008 < spread < 0.009, "docs/results.md says what the standard error of an average is"
+        assert_zero_shot(cells, (row["recovered"] if after else row)["tasks"])
+
+
+def assert_zero_shot(cells: Sequence[str], tasks: Mapping[str, Any]) -> None:
+    """A row of a table shows these scores; the standard error of their average is what is said beside it."""
+    scores = [100 * task[task["metric"]] for task in tasks["tasks"]]
+    assert_shown(cells, [*scores, 100 * tasks["average"], 100 * above_chance(tasks), 100 * above_chance(tasks, "boolq")])
+    spread = sum(task[f"{task['metric']}_stderr"] ** 2 for task in tasks["tasks"]) ** 0.5 / len(tasks["tasks"])
+    assert 0.008 < spread < 0.009, "the standard error of an average is 0.8 to 0.9 points"
 
 
 @pytest.mark.data
@@ -351,3 +355,13 @@ def test_lorashear(ratio: float) -> None:
     for label, cells in shown.items():
         name = SHEARED[label]
         assert_shown(cells, perplexities(rows["dense", 0.0] if name == "dense" else rows[name, ratio], (*TEXTS, "books")))
+
+
+def test_lorashear_zero_shot() -> None:
+    rows = {key: row for key, row in rows_of(results("paper_lorashear")).items() if row.get("tasks")}
+    shown = table("docs/lorashear.md", "| | BoolQ | PIQA | HellaSwag |")
+    labels = {f"{100 * of:.0f} %: {label}": (name, of) for of in (0.2, 0.5) for label, name in SHEARED.items()}
+    labels = {"dense": ("dense", 0.0), **labels}
+    assert list(shown) == [label for label, row in labels.items() if row in rows]
+    for label, cells in shown.items():
+        assert_zero_shot(cells, rows[labels[label]]["tasks"])
