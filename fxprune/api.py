@@ -18,7 +18,8 @@ from torch.fx import GraphModule
 from .calibration import Calibration, vocabulary_of
 from .capture import trace
 from .checkpoint.config import Unsolved, solve_config
-from .checkpoint.eager import Surgery, caches, call, judge, new_biases, operate, padded, sliced_state
+from .checkpoint.eager import Surgery, new_biases, operate, sliced_state
+from .checkpoint.judge import caches, call, judge, padded
 from .checkpoint.per_layer import save_itself
 from .checkpoint.save import save_pruned
 from .criteria import Criterion, UserCriterion

@@ -19,6 +19,8 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from fxprune import ShearResult
+
     from .checkpoints import Stock
     from .command import Ran, Run
 
@@ -136,3 +138,29 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from .recovering import write_text
 
     return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What short shearings read: two sources of text, and instructions."""
+    from .shearing import three_sources
+
+    return three_sources(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="session")
+def whole(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> ShearResult:
+    """A shearing of two stages that nothing interrupts."""
+    from .shearing import uninterrupted
+
+    return uninterrupted(tmp_path_factory.mktemp("whole") / "out", files)
+
+
+@pytest.fixture
+def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shearings of models of one shape share a trace."""
+    from fxprune.lorashear import parts
+
+    from .shearing import traced_once
+
+    monkeypatch.setattr(parts, "trace", traced_once)

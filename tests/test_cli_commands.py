@@ -293,6 +293,20 @@ def test_eval_states_its_protocol(run: Run) -> None:
     assert "ms for 48 tokens, decode " in ran.out
 
 
+def test_a_report_that_holds_something_else(run: Run, place: Path, checkpoint: Path) -> None:
+    shutil.copytree(checkpoint, place / "copy")
+    (place / "copy" / "fxprune_report.json").write_text("[]")
+    ran = run("verify", "copy", "--dense", "dense")
+    shutil.rmtree(place / "copy")
+    assert (ran.status, ran.err) == (0, "")
+
+
+def test_a_note_in_a_plan_may_be_anything(run: Run, tmp_path: Path, checkpoint: Path) -> None:
+    plan = json.loads((checkpoint / "fxprune_plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, "recipe": {**plan["recipe"], "note": 5}}))
+    assert json.loads(run("prune", "dense", "--plan", str(tmp_path / "plan.json"), "--dry-run", "--json").out)["note"] == "5"
+
+
 def test_groups(run: Run, tmp_path: Path) -> None:
     rows = json.loads(run("groups", "dense", "--json").out)
     assert {"hidden", "kv_heads", "query_groups", "head_dim", "ffn"} <= {r["kind"] for r in rows}

@@ -27,27 +27,10 @@ from fxprune.recovery.loop import Training
 from .closeness import relative
 from .curricula import dense
 from .reported import unreadable
-from .shearing import Killed, killed_at, sheared, three_sources, traced_once, uninterrupted
+from .shearing import Killed, killed_at, sheared, traced_once
 from .zoo import build, tokenizer, tokens
 
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return three_sources(tmp_path_factory.mktemp("sources"))
-
-
-@pytest.fixture(autouse=True)
-def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "trace", traced_once)
-
-
-@pytest.fixture(scope="module")
-def whole(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> ShearResult:
-    return uninterrupted(tmp_path_factory.mktemp("whole") / "out", files)
-
-
-def weights(directory: Path) -> dict[str, Tensor]:
-    return load_file(directory / "model.safetensors")
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 
 def logits(model: Any) -> Tensor:

@@ -19,22 +19,9 @@ from fxprune.lorashear.lhspg import LHSPG
 from fxprune.lorashear.work import WorkDirectory
 
 from .curricula import dense
-from .shearing import Killed, killed, killed_at, sheared, three_sources, traced_once, uninterrupted, weights
+from .shearing import Killed, killed, killed_at, sheared, traced_once, weights
 
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return three_sources(tmp_path_factory.mktemp("sources"))
-
-
-@pytest.fixture(autouse=True)
-def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "trace", traced_once)
-
-
-@pytest.fixture(scope="module")
-def whole(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> ShearResult:
-    return uninterrupted(tmp_path_factory.mktemp("whole") / "out", files)
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 
 MOMENTS = [

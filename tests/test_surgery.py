@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PhiConfig
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PhiConfig
 
 import fxprune
 from fxprune.api import example_inputs
-from fxprune.checkpoint.eager import caches, combined, judge, renamed
+from fxprune.checkpoint.eager import combined, renamed
+from fxprune.checkpoint.judge import caches, judge
 from fxprune.checkpoint.surgery import apply_surgery, set_attribute
 
 from .zoo import build
@@ -94,6 +95,7 @@ def gpt2() -> Any:
     return GPT2LMHeadModel(config).eval()
 
 
+@pytest.mark.parametrize("masked", [False, True])  # with a mask given, candidates are not run with a cache
 @pytest.mark.parametrize(
     ("dense", "units", "numbers"),
     [
@@ -101,15 +103,34 @@ def gpt2() -> Any:
         (gpt2, {"kv_heads": 0.5}, "transformer.h.{}.attn"),
     ],
 )
-def test_a_number_of_a_layer_is_no_size(dense: Callable[[], Any], units: dict[str, float], numbers: str) -> None:
+def test_a_number_of_a_layer_is_no_size(dense: Callable[[], Any], units: dict[str, float], numbers: str, masked: bool) -> None:
     """Two heads a group, or two heads, become one: layer 2 stays layer 2, or two layers would share a place in the cache."""
-    result = fxprune.prune(dense(), units=units, recipe="magnitude", widths="per-layer", protect_first=1)
+    shape: dict[str, Any] = {"inputs": {n: torch.ones(2, 8, dtype=torch.long) for n in ("input_ids", "attention_mask")}}
+    options = shape if masked else {}
+    result = fxprune.prune(dense(), units=units, recipe="magnitude", widths="per-layer", protect_first=1, **options)
     model: Any = result.model
     assert result.form == "per-layer"
     assert [model.get_submodule(numbers.format(i)).layer_idx for i in range(4)] == [0, 1, 2, 3]
     ids = torch.randint(1, 64, (1, 8), generator=torch.Generator().manual_seed(0))
     whole, cached = (model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=c).tolist() for c in (False, True))
     assert whole == cached
+
+
+def test_a_window_is_no_size() -> None:
+    """As wide as all heads are, and too wide for the inputs that candidates are run on to tell."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
+    dense = Gemma2ForCausalLM(Gemma2Config(vocab_size=64, num_hidden_layers=4, sliding_window=64, **sizes)).eval()
+    result = fxprune.prune(dense, units={"query_groups": 0.5}, recipe="magnitude", widths="per-layer", protect_first=1)
+    model: Any = result.model
+    assert [block.self_attn.num_key_value_groups for block in model.model.layers] == [2, 1, 1, 1]
+    assert [block.self_attn.sliding_window for block in model.model.layers] == [64, None, 64, None]
 
 
 def test_what_a_cache_would_get_wrong_is_no_candidate() -> None:

@@ -16,7 +16,7 @@ from ..mode import quiet
 from ..names import PLAN_FILE, REPORT_FILE, SPEC_FILE
 from ..reporting.page import write_pages
 from .directory import new_directory
-from .eager import call, judge
+from .judge import call, judge
 from .per_layer import persisted
 
 if TYPE_CHECKING:

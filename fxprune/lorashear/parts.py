@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 from ..api import PruneResult, example_inputs, prune
 from ..capture import trace
-from ..checkpoint.eager import call
+from ..checkpoint.judge import call
 from ..criteria import CRITERIA
 from ..data import Batches
 from ..data.sources import reason
