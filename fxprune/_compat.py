@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx import GraphModule
 
 __all__ = [
     "CANNOT_TELL",
@@ -17,6 +18,7 @@ __all__ = [
     "dynamic_size_errors",
     "guard_identity",
     "guard_scalar",
+    "on_deepcopy",
     "quiet_trees",
 ]
 
@@ -52,6 +54,11 @@ def guard_scalar(value: Any) -> Any:
     from torch.fx.experimental.symbolic_shapes import guard_scalar as guard
 
     return guard(value)
+
+
+def on_deepcopy(gm: GraphModule, hook: Callable[[GraphModule], object]) -> None:
+    """Call something with every deep copy of a graph, of which torch drops the hooks of forward (torch 2.11 to 2.13)."""
+    gm._register_deepcopy_hook(hook)
 
 
 def current_graph() -> str:

@@ -24,6 +24,7 @@ from ._compat import CANNOT_TELL, FakeTensorMode, dynamic_size_errors, quiet_tre
 from .errors import CaptureError, UsageError
 from .mode import quiet
 from .quantised import refuse_quantised
+from .sizes import SIZES, InputSizes
 from .wording import listed
 
 log = logging.getLogger("fxprune")
@@ -64,11 +65,13 @@ def trace(
         return _capture(model, args, kwargs, dynamic_shapes)
     wide_args, wide_kwargs = tuple(map(_widen, args)), {k: _widen(v) for k, v in kwargs.items()}
     try:
-        return _most_symbolic(model, wide_args, wide_kwargs)
-    except CaptureError:
+        gm = _most_symbolic(model, wide_args, wide_kwargs)
+        gm.meta[SIZES](gm, args, kwargs)
+    except (CaptureError, UsageError):
         if all(a is b for a, b in zip((*args, *kwargs.values()), (*wide_args, *wide_kwargs.values()), strict=True)):
             raise
-    return _most_symbolic(model, args, kwargs)
+        return _most_symbolic(model, args, kwargs)
+    return gm
 
 
 def _most_symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
@@ -106,6 +109,7 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         log.warning("the model's forward changes its buffers (%s); the graph reads them as they are now", listed(changed, 3))
     gm: GraphModule = exported.module(check_guards=False)
     canonicalise(gm, _adopt(gm, model))
+    gm.meta[SIZES] = InputSizes(gm)
     return gm
 
 

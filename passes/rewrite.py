@@ -21,6 +21,7 @@ from ..plan import PrunePlan
 from ..rules import Resize, rule_for
 from ..rules.registry import bind, rebind
 from ..rules.views import OF_ANY_STRIDE
+from ..sizes import SIZES
 from ..spaces import Axis, Space, kept
 from .base import Pass
 from .dependency import PLAN, groups_of
@@ -68,6 +69,8 @@ class RewritePass(Pass):
         to_modules(graph, root, groups.aliases)
         small = GraphModule(root, graph)
         small.meta[PLAN], small.meta[DENSE] = plan, weakref.ref(graph_module)
+        if SIZES in graph_module.meta:
+            graph_module.meta[SIZES].register(small)
         small.eval()
         return PassResult(small, True)
 

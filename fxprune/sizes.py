@@ -1,0 +1,119 @@
+"""The sizes of inputs that a trace holds for, and the check of them that a rewritten graph carries.
+
+A graph computes what `torch.export` met: where a forward branches on a length, one of its branches; where a size is fixed, that
+size. On others it may well run to its end and be wrong, so it refuses them, as the graph of `torch.export` itself does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
+
+from ._compat import on_deepcopy
+from .errors import UsageError
+
+SIZES = "fxprune.sizes"
+"""Where a traced or rewritten graph keeps its `InputSizes` in ``meta``."""
+
+
+class InputSizes:
+    """A hook before forward that refuses inputs of other sizes than a trace holds for.
+
+    Conditions that are no interval of one size (an even length) are not kept.
+
+    Args:
+        gm: A traced graph; its placeholders have example values.
+
+    Attributes:
+        bounds: ``(leaf, dimension, least, most)`` where not every size will do; leaves are what the inputs flatten to, and ``most``
+            is None where there is no limit.
+        equal: ``(leaf, dimension, leaf, dimension)`` of sizes that are one.
+    """
+
+    def __init__(self, gm: GraphModule) -> None:
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        self.arguments: tuple[str, ...] = tuple(cast(Any, gm.graph._codegen).pytree_info.orig_args)
+        self.names = tuple(node.name for node in placeholders)
+        bounds, equal = list[tuple[int, int, int, int | None]](), list[tuple[int, int, int, int]]()
+        first: dict[Any, tuple[int, int]] = {}
+        for leaf, node in enumerate(placeholders):
+            value = node.meta.get("val")
+            shape: Any = value.shape if isinstance(value, Tensor) else ()
+            for dim, size in enumerate(shape):
+                least, most = _span(size)
+                if least or most is not None:
+                    bounds.append((leaf, dim, least, most))
+                if not _fixed(size):
+                    known = first.setdefault(size.node.expr, (leaf, dim))
+                    if known != (leaf, dim):
+                        equal.append((*known, leaf, dim))
+        self.bounds, self.equal = tuple(bounds), tuple(equal)
+
+    def register(self, gm: GraphModule) -> None:
+        """Let a graph that takes the same inputs, and its copies, refuse those of other sizes."""
+        gm.meta[SIZES] = self
+        _hook(gm)
+        on_deepcopy(gm, _hook)
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Look at the sizes of what a module is called with.
+
+        Raises:
+            UsageError: The graph does not hold for them; names the input, its size, and what the trace was made for.
+        """
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        leaves = tree_leaves([given[name] for name in self.arguments if name in given])
+        if len(leaves) != len(self.names):
+            return  # forward says what is wrong with it
+        for leaf, dim, least, most in self.bounds:
+            size = _size(leaves[leaf], dim)
+            if size is not None and (size < least or (most is not None and size > most)):
+                raise UsageError(
+                    f"{self.names[leaf]}.shape[{dim}] is {size}, and the graph was traced for {_interval(least, most)}: trace the "
+                    "model with an example of such a size"
+                )
+        for here, a, there, b in self.equal:
+            one, other = _size(leaves[here], a), _size(leaves[there], b)
+            if one is not None and other is not None and one != other:
+                raise UsageError(
+                    f"{self.names[here]}.shape[{a}] is {one} and {self.names[there]}.shape[{b}] is {other}: the graph was traced "
+                    "for sizes that are equal"
+                )
+
+
+def _hook(gm: GraphModule) -> None:
+    sizes = gm.meta[SIZES]
+    if sizes.bounds or sizes.equal:
+        gm.register_forward_pre_hook(sizes, with_kwargs=True)
+
+
+def _size(value: Any, dim: int) -> int | None:
+    return value.shape[dim] if isinstance(value, Tensor) and dim < value.dim() else None
+
+
+def _span(size: Any) -> tuple[int, int | None]:
+    """Least and most of a size; 0 and None where anything will do."""
+    if _fixed(size):
+        return int(size), int(size)
+    symbolic = size.node
+    span = symbolic.shape_env.var_to_range.get(symbolic.expr)
+    if span is None:
+        return 0, None
+    least, most = int(span.lower), int(span.upper) if span.upper.is_Integer else None
+    return (least if least > 2 else 0), most  # torch.export takes 0 and 1 for special, and lets them pass
+
+
+def _fixed(size: Any) -> bool:
+    return isinstance(size, int) or bool(size.node.expr.is_number)
+
+
+def _interval(least: int, most: int | None) -> str:
+    if most is None:
+        return f"{least} and more"
+    if least == most:
+        return f"{most}"
+    return f"{least} to {most}" if least else f"at most {most}"
