@@ -223,8 +223,15 @@ def test_recovery_and_tasks(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert recovered["settings"]["max_tokens"] == 3000
     assert recovered["perplexity"]["ptb"]["perplexity"] != row["perplexity"]["ptb"]["perplexity"]
     assert "tasks" in recovered
+    used.clear()
+    assert call(criteria.main, place, output, *rows, *more, "--tasks-of", "recovered") == 0
+    assert used == [torch.bfloat16]  # of the dense model they are known
+    (late,) = (r for r in book(output)["rows"] if (r["key"]["tasks"] or {}).get("of") == "recovered")
+    assert "tasks" not in late
+    assert late["recovered"]["tasks"] == recovered["tasks"]
     monkeypatch.setattr(bench.Bench, "recover", _unwanted)
-    assert call(criteria.main, place, output, *rows, *more) == 0
+    for again in ((), ("--tasks-of", "recovered")):
+        assert call(criteria.main, place, output, *rows, *more, *again) == 0
 
 
 def test_in_bfloat16(place: Path, tmp_path: Path) -> None:
@@ -354,6 +361,7 @@ BAD = [
     (("--rows", "l2", "--limit", "9"), "--limit and --task-dtype say how tasks are run: name some, or all seven by --tasks"),
     (("--rows", "l2", "--task-dtype", "bfloat16"), "--limit and --task-dtype say how tasks are run"),
     (("--rows", "l2", "--tasks", "piqua"), "unknown task 'piqua'; did you mean 'piqa'?"),
+    (("--rows", "l2", "--tasks", "--tasks-of", "recovered"), "--tasks-of recovered needs --tasks and --recover"),
     (("--rows", "l2", "--recover", "9", "--recover-set", "speed=3"), "there is no recovery setting 'speed'"),
 ]
 

@@ -37,6 +37,7 @@ def constrained(criterion: str, **more: Any) -> dict[str, Any]:
 
 PEER = "torch-pruning"
 OURS = ("default", "uniform")
+RECOVERED = "recovered"
 ROWS: dict[str, dict[str, Any]] = {
     "random": constrained("random"),
     "l2": constrained("l2"),
@@ -122,9 +123,9 @@ def check_recovery(arguments: argparse.Namespace) -> None:
     settings_of(arguments.recover_recipe, dict(arguments.recover_set))
 
 
-def measured(bench: Bench, model: nn.Module) -> Row:
-    """Perplexities, and task scores if they are asked for."""
-    tasks = getattr(bench.arguments, "tasks", None)
+def measured(bench: Bench, model: nn.Module, *, tasks: bool = True) -> Row:
+    """Perplexities, and task scores if they are asked for and wanted of this model."""
+    tasks = tasks and bool(getattr(bench.arguments, "tasks", None))
     return {"perplexity": bench.perplexities(model), **({"tasks": bench.tasks(model)} if tasks else {})}
 
 
@@ -140,7 +141,8 @@ def measure_row(bench: Bench, book: Book, name: str, recipe: Mapping[str, Any], 
         recover: Tokens to recover on afterwards; None for no recovery.
     """
     a = bench.arguments
-    key = {"row": name, "ratio": ratio, **bench.settings(recipe), "tasks": wanted_tasks(a)}
+    wanted, late = wanted_tasks(a), name != "dense" and getattr(a, "tasks_of", None) == RECOVERED
+    key = {"row": name, "ratio": ratio, **bench.settings(recipe), "tasks": {**(wanted or {}), "of": RECOVERED} if late else wanted}
     training = None if recover is None else {"tokens": recover, "data": a.recover_data, "recipe": a.recover_recipe}
     training = None if training is None else {**training, "set": dict(a.recover_set)}
     row = book.find(key)
@@ -150,7 +152,7 @@ def measure_row(bench: Bench, book: Book, name: str, recipe: Mapping[str, Any], 
     try:
         model, target, facts = _pruned(bench, name, recipe, ratio)
         if row is None:
-            row = {"key": key, "name": name, **facts, **measured(bench, model)}
+            row = {"key": key, "name": name, **facts, **measured(bench, model, tasks=not late)}
             book.add(row)
         if training is not None and recover is not None and name != "dense":
             recovered, report = bench.recover(target, a.recover_data, max_tokens=recover)
@@ -202,6 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--recover", type=int, default=None, metavar="TOKENS", help="recover each row on so many tokens")
     recovery_options(made)
     task_options(made)
+    made.add_argument(
+        "--tasks-of", choices=("both", RECOVERED), default="both", help="run tasks before and after recovery, or after only"
+    )
     a = made.parse_args(arguments)
     if a.ours_only and a.rows is not None:
         raise UsageError("--ours-only says which rows: leave --rows out")
@@ -213,6 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names.remove(PEER)
     check_recovery(a)
     settle_tasks(a)
+    if a.tasks_of == RECOVERED and (a.tasks is None or a.recover is None):
+        raise UsageError("--tasks-of recovered needs --tasks and --recover")
     bench = Bench(a)
     if a.recover is not None:
         bench.data.check([a.recover_data])
