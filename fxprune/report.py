@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from .cost import costs
 from .errors import FxPruneError
 from .groups import Groups
+from .names import CONFIG_FILE
 from .plan import PrunePlan
 from .reporting.numbers import base_model, part, read_record
 
@@ -55,8 +57,19 @@ def describe(model: nn.Module, groups: Groups) -> dict[str, Any]:
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "fingerprint": groups.fingerprint(),
     }
+    if (stored := _stored_dtype(path)) not in ("", found["dtype"]):
+        found["stored_dtype"] = stored
     told = {"base_model": None if hub else origin_of(path), "license": license_of(path)}
     return found | {key: value for key, value in told.items() if value is not None}
+
+
+def _stored_dtype(path: str) -> str:
+    """The dtype of the weights in a local checkpoint, as its configuration says; empty where nothing says it."""
+    try:
+        config = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8")) if path else {}
+        return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def source_name(path: str) -> tuple[str, bool]:

@@ -198,7 +198,9 @@ def write(directory: Path, data: dict[str, Any], measured: dict[str, Any] | None
 
 def full() -> Record:
     """Everything at once."""
-    return Record("full", report(recovery=recovery(), shearing=shearing()), evaluation())
+    sheared = shearing()
+    sheared["tokens"] |= {"recovery": 800, "total": 976}
+    return Record("full", report(recovery=recovery(), shearing=sheared), evaluation())
 
 
 def changed(value: Any, change: Callable[[str], str]) -> Any:

@@ -165,6 +165,17 @@ def test_parameters_of_another_model_run_dense_and_it_is_said(caplog: pytest.Log
     assert [(g.pruned, g.dense) for g in backend.graphs] == [({}, {})]
 
 
+def test_parameters_that_torch_freezes_run_dense_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    made, x = feeds(), torch.randn(2, 4, 6)
+    with torch._inductor.config.patch(freezing=True):
+        compiled, graphs = made.compile()
+        with torch.no_grad():
+            assert torch.equal(compiled(x), made.model(x))
+    assert not graphs[0].pruned
+    assert set(graphs[0].dense) == set(made.plan.keep)
+    assert "the graph holds tensors of its own, as with torch._inductor.config.freezing" in caplog.text
+
+
 def test_a_plan_that_no_live_module_fits_is_refused() -> None:
     model = Feed()
     plan = fxprune.PrunePlan(keep={"x": torch.tensor([0])}, sizes={"x": 2}, members={"x": [["nowhere.at.all", 0]]})

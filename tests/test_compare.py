@@ -116,6 +116,18 @@ def test_other_protocols_have_lines_of_their_own(tmp_path: Path) -> None:
     assert "128 tokens by share removed" not in found.html(), "numbers that cannot be compared make no curve"
 
 
+def test_another_dtype_or_device_is_another_protocol(tmp_path: Path) -> None:
+    one = evaluation(overlaps=[])
+    half, gpu = copy.deepcopy(one), copy.deepcopy(one)
+    half["versions"]["dtype"] = "bfloat16"
+    gpu["versions"]["device"] = "a GPU"
+    places = [write(tmp_path / name, report(**QUARTER), e) for name, e in (("one", one), ("half", half), ("gpu", gpu))]
+    found = fxprune.compare(*places)
+    wiki, decode = (lines(found, label) for label in ("perplexity, wiki, 128 tokens", "decode (ms/token)"))
+    assert [values for _, values in wiki] == [(50.0, None, 50.0), (None, 50.0, None)]
+    assert [sum(v is not None for v in values) for _, values in decode] == [1, 1, 1]
+
+
 def test_one_text_under_two_names(tmp_path: Path) -> None:
     other = evaluation(overlaps=[])
     for part in (other, other["dense"]):

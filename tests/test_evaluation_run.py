@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import math
@@ -274,6 +275,13 @@ def test_the_table_in_markdown_and_on_a_terminal(found: Evaluation) -> None:
     assert "zero-shot by lm-eval 1, without a special token" in alone
 
 
+def test_where_and_in_what_it_was_measured(model: nn.Module, tokenizer: Any) -> None:
+    half = fxprune.evaluate(copy.deepcopy(model).bfloat16(), tokenizer, tasks=(), latency=True)
+    assert (half.versions["dtype"], half.versions["device"]) == ("bfloat16", "cpu")
+    with pytest.raises(UsageError, match="weights of this LlamaForCausalLM are on the meta device, or offloaded: load it whole"):
+        fxprune.evaluate(copy.deepcopy(model).to("meta"), tokenizer, tasks=(), latency=True)
+
+
 def test_an_earlier_evaluation_serves_as_dense(model: nn.Module, small: nn.Module, tokenizer: Any, files: Path) -> None:
     seen: list[str] = []
     options: dict[str, Any] = {"texts": {"ptb": files / "ptb.txt.gz"}, "lengths": (16, 16), "tasks": ["piqa"], "data": files}
@@ -443,6 +451,8 @@ def test_latency_alone(run: Run) -> None:
         (("small", "--tasks", "all", "--data", ".", "--limit", "0"), 2, "limit must be a whole number of at least 1, got 0"),
         (("small", "--text", "ptb.txt.gz", "--data", "."), 2, "--data names a directory of task files: say --tasks all"),
         (("small", "--text", "ptb.txt.gz", "--protocol", "gptq"), 2, "unknown protocol 'gptq'; choose from: llm-pruner, stream"),
+        (("small", "--latency", "--batch-size", "4"), 2, "--batch-size is of texts and tasks: latency is measured one sequence at"),
+        (("small", "--latency", "--protocol", "stream"), 2, "--protocol is of a perplexity: name a text with --text FILE"),
         (("small", "--texts", "ptb"), 2, "'ptb' is not of the form name=FILE,name=FILE with a different name for each"),
         (("small", "--texts", "ptb=none.txt"), 2, "there is no file 'none.txt'"),
         (("small", *TEXTS, "-o", "out.csv"), 2, "cannot write an evaluation as 'out.csv': its name must end in one of .json, .md"),

@@ -128,13 +128,14 @@ def test_zero_shot() -> None:
     shown = table("docs/results.md", "| | BoolQ | PIQA | HellaSwag |")
     labels = {f"{label}{', recovered' * after}": (name, after) for label, name in CRITERIA.items() for after in (False, True)}
     labels = {label.replace(" (stock classes load it)", ""): row for label, row in labels.items()}
-    assert list(shown) == [
-        label for label, (name, after) in labels.items() if (name, 0.2) in rows or (name == "dense" and not after)
-    ]
+    found = {}
+    for label, (name, after) in labels.items():
+        row = rows.get((name, 0.0 if name == "dense" else 0.2), {})
+        if "tasks" in (row := row.get("recovered", {}) if after else row):
+            found[label] = row["tasks"]
+    assert list(shown) == list(found)
     for label, cells in shown.items():
-        name, after = labels[label]
-        row = rows[name, 0.0 if name == "dense" else 0.2]
-        assert_zero_shot(cells, (row["recovered"] if after else row)["tasks"])
+        assert_zero_shot(cells, found[label])
 
 
 def assert_zero_shot(cells: Sequence[str], tasks: Mapping[str, Any]) -> None:

@@ -67,6 +67,28 @@ def test_a_recovery_from_end_to_end(run: Run) -> None:
     assert json.loads(Path("out/fxprune_report.json").read_text())["recovery"]["settings"]["seed"] == 1
 
 
+def test_the_model_itself_is_not_replaced(run: Run) -> None:
+    shutil.copytree("pruned", "own")
+    before = {p.name: p.read_bytes() for p in Path("own").iterdir()}
+    ran = run("own", "-o", "own", "--overwrite", "--data", "text.jsonl", *SHORT)
+    assert (ran.status, ran.said) == (2, "fxprune: the output 'own' is the model itself; choose another directory")
+    assert {p.name: p.read_bytes() for p in Path("own").iterdir()} == before
+
+
+def test_the_report_names_all_that_was_typed(run: Run) -> None:
+    """Weights, validation, teacher and dtype stand in the command that makes it again; a second training comes after the first."""
+    typed = ["--data", "text.jsonl=3,held.jsonl=1", *SHORT, "--dtype", "bfloat16", "--teacher", "dense"]
+    assert run("pruned", "-o", "out", *typed, "--set", "distill_weight=0.5").status == 0
+    kept = json.loads(Path("out/fxprune_report.json").read_text())
+    assert kept["bytes_after"] == sum(t.numel() * 2 for t in AutoModelForCausalLM.from_pretrained("out").parameters())
+    assert run("out", "-o", "twice", "--data", "text.jsonl", "--validation", "held.jsonl", *SHORT).status == 0
+    text = " ".join(Path("twice/report.md").read_text().replace("\\\n", " ").split())
+    first = "fxprune recover PRUNED --data text.jsonl=3,held.jsonl=1 --teacher dense --dtype bfloat16 --set "
+    assert text.index(first) < text.index("fxprune recover RECOVERED-1 --data text.jsonl --validation held.jsonl --set ")
+    assert "-o RECOVERED-1" in text
+    assert "-o twice" in text
+
+
 def test_a_model_that_was_not_pruned(run: Run) -> None:
     shutil.copytree("pruned", "plain", ignore=shutil.ignore_patterns("fxprune_*"))
     ran = run("plain", "-o", "out", "--data", "text.jsonl", *SHORT)

@@ -77,6 +77,23 @@ def test_learning_from_the_dense_model(text: Path) -> None:
     )
 
 
+def test_a_teacher_that_mixes_packed_examples_teaches_them_alone(text: Path) -> None:
+    teacher = build("llama")
+    graph = fxprune.trace(teacher, {"input_ids": tokens(2, 7)})
+    told = "not packed: the teacher GraphModule does not keep packed examples apart (a graph takes the inputs it was traced with)"
+    options: dict[str, Any] = {"distill_weight": 1.0, "max_steps": 3}
+    alone = trained(pruned(), str(text), teacher=teacher, packing="off", **options)
+    made = trained(pruned(), str(text), teacher=graph, **options)
+    assert (made.report.choices["packing"], told in made.report.notes) == (False, True)
+    assert losses(made) == pytest.approx(losses(alone), rel=1e-4)
+    with pytest.raises(UsageError, match="packing=on: this teacher GraphModule does not keep packed examples apart"):
+        trained(pruned(), str(text), teacher=graph, packing="on", **options)
+    positions = fxprune.trace(teacher, {"input_ids": tokens(2, 7), "position_ids": torch.arange(7).repeat(2, 1)})
+    packed = trained(pruned(), str(text), teacher=positions, **options)
+    assert packed.report.choices["packing"]
+    assert losses(packed) == pytest.approx(losses(trained(pruned(), str(text), teacher=teacher, **options)), rel=1e-4)
+
+
 def test_a_model_learns_nothing_from_itself(text: Path) -> None:
     model = build("llama")
     result = trained(model, str(text), tokenizer=tokenizer(), teacher=model, distill_weight=1.0, hidden_weight=1.0, max_steps=2)

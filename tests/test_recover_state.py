@@ -60,7 +60,18 @@ def test_a_directory_without_a_state_vanishes(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no tensors", "no json", "other json"])
+HARM = ("truncated", "no tensors", "no json", "other json", "one tensor", "another shape")
+LACKING: dict[str, Any] = {
+    "no step": lambda data: data["position"].pop("step"),
+    "no validation": lambda data: data["position"].pop("validation"),
+    "a step in words": lambda data: data["position"].update(step="two"),
+    "a history without lr": lambda data: data["position"]["history"].pop("lr"),
+    "a history with a hole": lambda data: data["position"]["history"]["lr"].append(0.1),
+    "no identity": lambda data: data.update(identity=[]),
+}
+
+
+@pytest.mark.parametrize("damage", [*HARM, *LACKING])
 def test_a_damaged_state_falls_back_to_the_one_before(damage: str, tmp_path: Path) -> None:
     state = directory(tmp_path)
     for step in (1, 2):
@@ -90,6 +101,12 @@ def harm(path: Path, damage: str) -> None:
         tensors.write_bytes(tensors.read_bytes()[:-9])
     elif damage == "no tensors":
         tensors.unlink()
+    elif damage in ("one tensor", "another shape"):
+        save_file({} if damage == "one tensor" else {"a": torch.ones(51)}, tensors)
+    elif damage in LACKING:
+        data = json.loads(text.read_text())
+        LACKING[damage](data)
+        text.write_text(json.dumps(data))
     else:
         text.write_text("{" if damage == "no json" else '{"position": {"steps": 3}}')
 

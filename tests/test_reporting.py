@@ -185,7 +185,7 @@ def test_every_number_is_the_jsons() -> None:
     assert table.row("model.layers.2.mlp.down_proj.weight") == ["0.2", "0.12"]
     assert table.row("prefill of 128 tokens (ms)") == ["10.00", "8.00", "-20.0%"]
     assert table.row("perplexity, held out") == ["40.25 before, 31.50 after"]
-    assert ["tokens read", "176 in all"] in table.rows
+    assert ["tokens read", "976 in all"] in table.rows
     assert ["tokens read", "800"] in table.rows
     assert table.row("a.txt") == ["0.500", "0.125", "200"]
     assert table.row("model.layers.2.mlp.ffn") == ["64", "50", "78.1%"]
@@ -237,7 +237,7 @@ def test_the_commands_of_a_recovery() -> None:
 
 def test_the_command_of_a_shearing() -> None:
     text = " ".join(markdown(full()).replace("\\\n", " ").split())
-    assert "fxprune shear org/dense --recipe fxprune_recipe.yaml --ratio 0.25 --data a.txt=1,b.jsonl=2 --tokens 176 -o full" in text
+    assert "fxprune shear org/dense --recipe fxprune_recipe.yaml --ratio 0.25 --data a.txt=1,b.jsonl=2 --tokens 976 -o full" in text
     for other in ("fxprune prune", "fxprune recover", "--plan"):
         assert other not in text, "what LHSPG took is in the weights: no other command makes it again"
     settings = settle("lorashear", {"periods": 3, "lr": 1e-3}).to_json()
@@ -247,6 +247,11 @@ def test_the_command_of_a_shearing() -> None:
     for budget, said in (({"tokens": None, "steps": 40}, "--steps 40 -o x"), ({"tokens": 900, "steps": None}, "--tokens 900 -o x")):
         asked = markdown(Record("x", report(shearing={**data, "budget": budget})))
         assert said in " ".join(asked.replace("\\\n", " ").split())
+    later = recovery(curriculum=None, teacher=None, earlier=recovery())
+    after = markdown(Record("x", report(shearing={**data, "tokens": {**data["tokens"], "recovery": 9}}, recovery=later)))
+    after = " ".join(after.replace("\\\n", " ").split())
+    assert "--data a.txt=1,b.jsonl=2 --tokens 176 -o PRUNED" in after
+    assert "fxprune recover PRUNED --data a.txt,b.jsonl " in after
     alone = markdown(Record("x", report(shearing={**data, "lhspg": {**data["lhspg"], "sources": {"a.txt": {}}}})))
     assert "--ratio 0.25 --data a.txt --tokens 176" in " ".join(alone.replace("\\\n", " ").split())
 
@@ -470,6 +475,11 @@ def test_an_evaluation_is_attached(run: Run, checkpoint: Path) -> None:
         f"{dense:,.2f}",
         f"{value:,.2f}",
     ]
+    ran = run("eval", "checkpoint", "--texts", "mine=text.txt", "--length", "16", "--attach")
+    assert "replaces" not in ran.said
+    ran = run("eval", "checkpoint", "--texts", "mine=text.txt", "--length", "8", "--attach")
+    said = "note this replaces the evaluation in 'checkpoint': perplexity, mine, 16 tokens of it are not measured again"
+    assert (ran.status, said in ran.said) == (0, True)
     ran = run("eval", "dense", "--texts", "mine=text.txt", "--length", "16", "--attach")
     assert (ran.status, ran.out) == (2, "")
     assert ran.said == "fxprune: 'dense' holds no fxprune_report.json: fxprune prune and fxprune recover write one"

@@ -86,7 +86,7 @@ class Backend:
             FxPruneError: A group is pruned in another graph, and this one uses it too but has to run it dense.
         """
         graph, example = current_graph(), list(example_inputs)
-        tensors = [t for t in example if isinstance(t, Tensor)]
+        tensors = [*(t for t in example if isinstance(t, Tensor)), *gm.parameters()]  # a graph's own, where torch freezes
         if not any(isinstance(t, nn.Parameter) for t in tensors):
             return self._dense(graph, gm, example, {})
         owner = find_owner(self.plan, tensors, self._module())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from ..evaluation import TASKS, Evaluation, evaluate
 from ..evaluation.contamination import read_seen, warning
 from ..evaluation.run import read_material
 from ..evaluation.tasks import check_numbers, check_tasks
+from ..evaluation.text import PROTOCOLS
 from ..files import check_file, write_whole
 from ..names import EVALUATION_FILE
-from ..reporting.numbers import read_record
+from ..reporting.numbers import numbers, read_record
 from ..reporting.page import write_pages
+from ..wording import listed
 from .common import console, dump, load_model, progress, quiet_libraries
 
 OUTPUTS = (".json", ".md")
@@ -45,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output:
         _write(Path(arguments.output), found)
     if arguments.attach:
+        _told(arguments.model, found)
         _write(Path(arguments.model) / EVALUATION_FILE, found)
         write_pages(Path(arguments.model))
     _show(arguments, found)
@@ -66,12 +70,15 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UsageError("say what to measure: one or more of --text FILE, --texts NAME=FILE, --tasks all (or which) and --latency")
     if arguments.limit is not None and not tasks:
         raise UsageError("--limit is of rows of tasks: say --tasks all, or which")
-    for option in ("length", "stride", "max_windows"):
+    if arguments.batch_size is not None and not (texts or tasks):
+        raise UsageError("--batch-size is of texts and tasks: latency is measured one sequence at a time")
+    for option in ("length", "stride", "max_windows", "protocol"):
         if getattr(arguments, option) is not None and not texts:
             raise UsageError(f"--{option.replace('_', '-')} is of a perplexity: name a text with --text FILE or --texts NAME=FILE")
-    numbers = {"limit": arguments.limit, "batch_size": arguments.batch_size, "max_windows": arguments.max_windows}
-    check_numbers(**numbers)
-    read_material(texts, tasks, protocol=arguments.protocol, data=arguments.data, limit=arguments.limit)
+    batch, protocol = 8 if arguments.batch_size is None else arguments.batch_size, arguments.protocol or PROTOCOLS[0]
+    counts = {"limit": arguments.limit, "batch_size": batch, "max_windows": arguments.max_windows}
+    check_numbers(**counts)
+    read_material(texts, tasks, protocol=protocol, data=arguments.data, limit=arguments.limit)
     if arguments.output:
         check_file(Path(arguments.output), "an evaluation", OUTPUTS)
     if arguments.attach:
@@ -85,10 +92,10 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "tasks": tasks,
         "lengths": arguments.length,
         "stride": arguments.stride,
-        "protocol": arguments.protocol,
+        "protocol": protocol,
         "data": arguments.data,
         "latency": arguments.latency,
-        **numbers,
+        **counts,
     }
 
 
@@ -101,6 +108,18 @@ def _check_dense(arguments: argparse.Namespace, dense: nn.Module) -> None:
         raise UsageError(
             f"'{arguments.model}' was made from a model of {before:,} parameters, and '{arguments.dense}' (--dense) has {here:,}: "
             "name its own, or leave --attach out"
+        )
+
+
+def _told(model: str, found: Evaluation) -> None:
+    """Say which numbers of an earlier evaluation go, that this one has not measured again."""
+    before, now = read_record(model), found.to_json()
+    kept = {number.label for number in numbers(replace(before, evaluation=now))}
+    gone = [number.label for number in numbers(before) if number.label not in kept]
+    if gone:
+        console.print(
+            f"note        this replaces the evaluation in '{model}': {listed(gone, 3)} of it are not measured again",
+            markup=False,
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..api import versions
@@ -98,6 +99,8 @@ def evaluate(
         warn_of_unknown(tokenizer, stream, f"the text '{name}'")
     models = [model, dense] if isinstance(dense, nn.Module) else [model]
     for measured in models:
+        if any(p.device.type == "meta" for p in measured.parameters()):
+            raise UsageError(f"weights of this {type(measured).__name__} are on the meta device, or offloaded: load it whole")
         if latency:
             check_latency(measured, prompt=_prompt(measured), new_tokens=NEW)
         for name, stream in ids.items():
@@ -135,7 +138,7 @@ def evaluate(
             tasks=scores.tasks,
             latency=timed,
             settings=_settings(texts, ids, lengths, stride, max_windows, protocol, scores, limit),
-            versions=versions(),
+            versions={**versions(), **_place(measured)},
             cut=scores.cut,
         )
 
@@ -191,6 +194,16 @@ def _settings(
             "special_tokens": scores.special_tokens,
         }
     return found
+
+
+def _place(model: nn.Module) -> dict[str, str]:
+    """The device that a model is on, and the dtype that it is in."""
+    parameter = next(model.parameters())
+    cuda = parameter.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(parameter.device) if cuda else parameter.device.type,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+    }
 
 
 def _prompt(model: nn.Module) -> int:

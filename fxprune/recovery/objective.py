@@ -128,13 +128,14 @@ def check_teacher(student: nn.Module, teacher: nn.Module, settings: Recovery) ->
         UsageError: They have another vocabulary, or hidden states were asked for and their layers or widths differ.
     """
     device = next(student.parameters()).device
-    batch = {"input_ids": torch.zeros(1, PROBE, dtype=torch.long, device=device)}
+    ids = torch.zeros(1, PROBE, dtype=torch.long, device=device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(PROBE, device=device)[None]}
     if settings.hidden_weight:
         for role, model in (("model", student), ("teacher", teacher)):
             if not hasattr(model, "config"):
                 raise UsageError(f"hidden_weight compares hidden states, and this {role} gives none: it is no Hugging Face model")
     options: dict[str, Any] = {"output_hidden_states": True} if settings.hidden_weight else {}
-    ours, theirs = student(**batch, **options), teacher(**batch, **options)
+    ours, theirs = (model(**inputs_of(model).of(batch), **options) for model in (student, teacher))
     sizes = logits_of(ours).shape[-1], logits_of(theirs).shape[-1]
     if sizes[0] != sizes[1]:
         raise UsageError(f"the teacher predicts {sizes[1]} tokens, the model {sizes[0]}: it must be the dense model")

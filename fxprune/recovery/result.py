@@ -45,6 +45,8 @@ class RecoveryReport:
         choices: What was chosen where the settings say ``auto``.
         notes: What else to know.
         versions: Software and machine.
+        given: What the command says of a run beside its settings: ``data`` (each source's weight), ``validation`` (names of
+            texts), ``teacher`` (a name) and ``dtype``, as far as they were given by name.
         curriculum: None without one, or its settings with ``dense`` (the dense model's held-out loss on each source, in nats per
             predicted token), ``measurements`` (see `fxprune.recovery.staged.StagedTraining`: losses, degradations, and the weights,
             steps and tokens of each round) and ``final`` (every source, with the weights that were kept).
@@ -68,6 +70,7 @@ class RecoveryReport:
     choices: dict[str, Any]
     notes: list[str]
     versions: dict[str, str]
+    given: dict[str, Any] = field(default_factory=dict)
     curriculum: dict[str, Any] | None = None
 
     @property
@@ -147,6 +150,8 @@ class RecoveryResult:
             shutil.copyfile(source / PLAN_FILE, work / PLAN_FILE)
         if "recovery" in written:
             report = {**report, "earlier": written["recovery"]}
+        if "bytes_after" in written:
+            written["bytes_after"] = sum(p.numel() * p.element_size() for p in model.parameters())
         written |= {"recovery": report, "data": [*written.get("data", []), *self.report.seen()]}
         (work / REPORT_FILE).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         error = reload_error(_reader(type(model), work, per_layer), model, example_inputs(model), tolerance_of(model))

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from torch.fx import GraphModule
 
 from ..api import versions
 from ..calibration import known_tokens, longest_input
-from ..checkpoint.directory import check_apart, check_target
+from ..checkpoint.directory import check_apart, check_not_model, check_target
 from ..checkpoint.source import load_source
 from ..data import Batches, Examples, Source, Sources, packs_apart
 from ..devices import find_device
 from ..errors import UsageError
 from ..mode import quiet, without_cache
 from ..passes.batches import Progress, logits_of
+from ..report import source_name
 from ..wording import counted
 from .adapters import merged, out_of_reach, prepare, trained
 from .curriculum import Curriculum, plan_stages, refuse_unused
@@ -111,6 +112,8 @@ def recover(
     held = None if validation is None else sources_of(validation)
     if output is not None:
         check_target(output, overwrite=overwrite)
+        if isinstance(target, str | os.PathLike):
+            check_not_model(output, target)
         named = None if isinstance(teacher, nn.Module) else teacher
         check_apart(output, data=_files(read), validation=_files(held), teacher=[named])
     with ExitStack() as stack:
@@ -135,6 +138,7 @@ def recover(
             check_tokens(part, subject.model)
         recovery = RecoveryRun(settings, subject, loaded, world, curriculum)
         recovery.name = recipe if isinstance(recipe, str) else "own"
+        recovery.given = _said(read, held, teacher, dtype)
         recovery.notes += notes
         stack.enter_context(torch.random.fork_rng(devices=[world.device.index] if world.device.type == "cuda" else []))
         dense = recovery.teacher(teacher, stack)
@@ -180,6 +184,23 @@ def _files(given: tuple[Source, ...] | Examples | Curriculum | None) -> list[Pat
     return [s.file for s in (given.sources.values() if isinstance(given, Curriculum) else given)]
 
 
+def _said(
+    read: tuple[Source, ...] | Examples | Curriculum, held: tuple[Source, ...] | Examples | None, teacher: Any, dtype: Any
+) -> dict[str, Any]:
+    """What was given by name, without folders."""
+    found: dict[str, Any] = {}
+    if isinstance(read, tuple):
+        found["data"] = {source.label: source.weight for source in read}
+    if isinstance(held, tuple):
+        found["validation"] = [source.label for source in held]
+    if teacher is not None:
+        path = teacher if isinstance(teacher, str | os.PathLike) else getattr(getattr(teacher, "config", None), "_name_or_path", "")
+        found["teacher"] = source_name(os.fspath(path or ""))[0]
+    if dtype != "auto":
+        found["dtype"] = str(dtype).removeprefix("torch.")
+    return {name: value for name, value in found.items() if value}
+
+
 def _graph(subject: Subject) -> bool:
     return isinstance(subject.model, GraphModule)
 
@@ -194,6 +215,7 @@ class RecoveryRun:
     world: World
     curriculum: Curriculum | None = None
     name: str = ""
+    given: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -206,21 +228,23 @@ class RecoveryRun:
         self.home: torch.device | None = None
         cuda = self.world.device.type == "cuda"
         self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
-        self.packing = self._packing()
-        self.length = max(settings.length, settings.cutoff) if self.packing else settings.cutoff
+        self.packing = settings.packing != "off" and self._packs(self.subject.model)
 
-    def _packing(self) -> bool:
-        settings, model = self.settings, self.subject.model
-        if settings.packing == "off":
-            return False
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return max(self.settings.length, self.settings.cutoff) if self.packing else self.settings.cutoff
+
+    def _packs(self, model: nn.Module, role: str = "") -> bool:
+        """Whether rows of several examples will do for a model; says why they do not."""
         if self._apart(model):
             return True
-        why = "a graph takes the inputs it was traced with" if _graph(self.subject) else "its attention reads no position_ids"
-        if settings.packing == "on":
-            raise UsageError(
-                f"packing=on: this {type(model).__name__} does not keep packed examples apart ({why}); say packing=off"
-            )
-        self.notes.append(f"not packed: the {type(model).__name__} does not keep packed examples apart ({why})")
+        graph = isinstance(model, GraphModule)
+        why = "a graph takes the inputs it was traced with" if graph else "its attention reads no position_ids"
+        name = f"{role}{type(model).__name__}"
+        if self.settings.packing == "on":
+            raise UsageError(f"packing=on: this {name} does not keep packed examples apart ({why}); say packing=off")
+        self.notes.append(f"not packed: the {name} does not keep packed examples apart ({why})")
         return False
 
     def _apart(self, model: nn.Module) -> bool:
@@ -240,6 +264,8 @@ class RecoveryRun:
         stack.enter_context(quiet(model))
         with quiet(self.subject.model):
             check_teacher(self.subject.model, model, self.settings)
+        if self.settings.distils and self.packing:
+            self.packing = self._packs(model, "teacher ")
         return model
 
     def identity(self, teacher: nn.Module | None) -> dict[str, Any]:
@@ -420,6 +446,7 @@ class RecoveryRun:
             choices=choices,
             notes=self.notes,
             versions={**versions(), "peft": _version("peft"), "accelerate": _version("accelerate")},
+            given=self.given,
             curriculum=None if self.curriculum is None else self._lessons(position),
         )
         return RecoveryResult(model, report, self.subject.tokenizer, subject=self.subject)

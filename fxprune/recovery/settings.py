@@ -252,6 +252,10 @@ def setting_meant(typed: str, known: Iterable[str]) -> str:
     return f"it is called {ALSO_CALLED[typed]} here" if typed in ALSO_CALLED else nearest(typed, known)
 
 
+OF_LORA = ("rank", "alpha", "dropout", "rslora", "targets")
+"""Fields that say how adapters are made."""
+
+
 def settings_of(recipe: str | Recovery = "default", overrides: Mapping[str, Any] | None = None) -> Recovery:
     """A recipe with some fields changed.
 
@@ -260,7 +264,7 @@ def settings_of(recipe: str | Recovery = "default", overrides: Mapping[str, Any]
         overrides: Field -> value; texts are read as the field's type (``lr="1e-4"``, ``max_steps="none"``).
 
     Raises:
-        UsageError: An unknown recipe or field, or a value that makes no sense.
+        UsageError: An unknown recipe or field, a value that makes no sense, or a field of adapters where there are none.
     """
     if isinstance(recipe, str):
         if recipe not in RECIPES:
@@ -271,7 +275,10 @@ def settings_of(recipe: str | Recovery = "default", overrides: Mapping[str, Any]
         if name not in known:
             raise UsageError(f"there is no recovery setting '{name}'; {setting_meant(name, known)}")
     values = {n: read_value(n, v) if isinstance(v, str) else v for n, v in (overrides or {}).items()}
-    return replace(recipe, **values)
+    found = replace(recipe, **values)
+    if found.method == "full" and (idle := [name for name in OF_LORA if name in values]):
+        raise UsageError(f"{idle[0]} is of adapters, and method=full trains every weight: leave it out, or say method=lora")
+    return found
 
 
 def read_value(name: str, text: str) -> Any:

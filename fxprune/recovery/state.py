@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,20 @@ class Position:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     final: dict[str, dict[str, Any]] = field(default_factory=dict)
     periods: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> Position:
+        """What a state says.
+
+        Raises:
+            TypeError: It has not all of the entries, others, or some of another type.
+        """
+        made = cls(**data)
+        if wrong := [f.name for f in fields(cls) if f.name not in data or not _alike(data[f.name], getattr(cls(), f.name))]:
+            raise TypeError(f"no {wrong[0]}")
+        if list(made.history) != list(cls().history) or len({len(column) for column in made.history.values()}) > 1:
+            raise TypeError("no whole history")
+        return made
 
 
 class StateDirectory:
@@ -123,8 +137,10 @@ class StateDirectory:
         for directory in sorted(self._generations(), reverse=True):
             try:
                 data = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-                position, identity = Position(**data["position"]), data["identity"]
+                position, identity = Position.read(data["position"]), data["identity"]
                 tensors = load_file(directory / "tensors.safetensors")
+                if not isinstance(identity, dict) or data["tensors"] != _shapes(tensors):
+                    raise ValueError("it is not what was written")
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 damaged = error
                 self._damaged.append(directory)
@@ -160,7 +176,7 @@ class StateDirectory:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             save_file(dict(tensors), work / "tensors.safetensors")
-            text = json.dumps({"format": 1, "identity": self.identity, "position": asdict(position)})
+            text = json.dumps({"format": 1, "identity": self.identity, "position": asdict(position), "tensors": _shapes(tensors)})
             (work / "state.json").write_text(text, encoding="utf-8")
             for path in (*work.iterdir(), work):
                 _flush(path)
@@ -198,6 +214,14 @@ class StateDirectory:
 
     def _generations(self) -> list[Path]:
         return [p for p in self.path.iterdir() if _NAME.fullmatch(p.name)] if self.path.is_dir() else []
+
+
+def _alike(value: object, usual: object) -> bool:
+    return usual is None or isinstance(value, type(usual)) or (isinstance(usual, float) and isinstance(value, int))
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensors[name].shape) for name in sorted(tensors)}
 
 
 def _step(path: Path) -> int:

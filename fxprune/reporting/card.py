@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from .blocks import Listing, Notes, Table, Text, code, in_markdown, markdown
 from .loading import TRANSFORMERS_FORMS, loading_class
 from .numbers import Record, base_model, numbers, numbers_table, part
-from .recipe import prune_command, recipe_yaml, recover_command, replay_command, shear_command
+from .recipe import prune_command, recipe_yaml, recover_commands, replay_command, shear_command
 from .sections import UNREADABLE
 from .training import held_out
 
@@ -127,7 +127,7 @@ def _making(record: Record) -> Iterator[Text | Listing]:
         yield Listing(text, "yaml")
     if calibrated := part(report, "recipe").get("calibration"):
         yield Text(f"Calibration: {calibrated}.")
-    if recover := recover_command(report, record.name):
+    for recover in recover_commands(report, record.name):
         yield Text("and then")
         yield Listing(recover, "bash")
     if versions := part(report, "versions"):

@@ -164,8 +164,8 @@ def _evaluated(evaluation: Mapping[str, Any]) -> Iterator[Number]:
     dense = evaluation.get("dense") or {}
     theirs = {(p["text"], _windows(p)): p["perplexity"] for p in dense.get("perplexities") or ()}
     for p in evaluation.get("perplexities") or ():
-        label = f"perplexity, {p['text']}, {p['length']} tokens"
-        yield Number(label, _windows(p), p["perplexity"], theirs.get((p["text"], _windows(p))), group="perplexity")
+        label, known = f"perplexity, {p['text']}, {p['length']} tokens", theirs.get((p["text"], _windows(p)))
+        yield Number(label, _windows(p) + _in_dtype(evaluation), p["perplexity"], known, group="perplexity")
     if timed := evaluation.get("latency"):
         yield from _latency(timed, dense.get("latency"), evaluation)
     yield from _tasks(evaluation, dense)
@@ -174,6 +174,7 @@ def _evaluated(evaluation: Mapping[str, Any]) -> Iterator[Number]:
 def _tasks(evaluation: Mapping[str, Any], dense: Mapping[str, Any]) -> Iterator[Number]:
     settings = evaluation.get("settings") or {}
     how = f"{settings.get('harness', 'lm-eval')}, {'with' if settings.get('special_tokens') else 'without'} a special token"
+    how += _in_dtype(evaluation)
     theirs = {t["task"]: t for t in dense.get("tasks") or ()}
     tasks = evaluation.get("tasks") or ()
     for t in tasks:
@@ -196,8 +197,15 @@ def _latency(mine: Mapping[str, Any], dense: Mapping[str, Any] | None, where: Ma
     protocol = f"prompt of {mine['prompt']}, {mine['new_tokens']} new tokens, batch {mine.get('batch', 1)}"
     machine = ", ".join(str(versions[k]) for k in ("machine", "device") if versions.get(k))
     protocol += re.sub(r"(^|, )1 (core|thread)s\b", r"\g<1>1 \2", f", {machine}") if machine else ""
+    protocol += _in_dtype(where)
     for label, key in ((f"prefill of {mine['prompt']} tokens (ms)", "prefill_ms"), ("decode (ms/token)", "decode_ms")):
         yield Number(label, protocol, mine[key], None if dense is None else dense[key], "{:,.2f}", group="latency")
+
+
+def _in_dtype(where: Mapping[str, Any]) -> str:
+    """What was measured in another dtype than float32 is not measured alike."""
+    dtype = part(where, "versions").get("dtype", "float32")
+    return "" if dtype == "float32" else f", in {dtype}"
 
 
 def _windows(p: Mapping[str, Any]) -> str:

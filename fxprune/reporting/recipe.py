@@ -11,7 +11,7 @@ import yaml
 
 from ..names import PLAN_FILE, RECIPE_FILE
 from ..recipes import SETTINGS
-from ..recovery.settings import RECIPES, Recovery
+from ..recovery.settings import OF_LORA, RECIPES, Recovery
 from .numbers import part
 
 
@@ -65,13 +65,25 @@ def _read(report: Mapping[str, Any]) -> list[str]:
 
 
 def _as(dense: Mapping[str, Any]) -> list[str]:
-    """The dtype that the dense model was loaded in."""
-    return ["--dtype", dense["dtype"]] if dense.get("dtype", "float32") != "float32" else []
+    """The dtype that the dense model was loaded in, where that may not be what it is stored in."""
+    said = dense.get("dtype", "float32")
+    return ["--dtype", said] if said != "float32" or "stored_dtype" in dense else []
 
 
 def pruned_name(report: Mapping[str, Any], name: str) -> str:
-    """What the directory is called in which the pruned model is, before any recovery."""
-    return "PRUNED" if report.get("recovery") else name or "DIR"
+    """What the directory is called in which the pruned model is, before any recovery after it."""
+    return "PRUNED" if trainings(report)[1] else name or "DIR"
+
+
+def trainings(report: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+    """(the recovery that was a shearing's own, empty without one; every other, the first one first)."""
+    found: list[Mapping[str, Any]] = []
+    last = part(report, "recovery")
+    while last:
+        found.insert(0, last)
+        last = part(last, "earlier")
+    own = part(part(report, "shearing"), "tokens").get("recovery")
+    return (found[0], found[1:]) if own and found else ({}, found)
 
 
 def replay_command(report: Mapping[str, Any], name: str) -> str:
@@ -97,25 +109,29 @@ def shear_command(report: Mapping[str, Any], name: str) -> str:
     shearing = report.get("shearing")
     if not shearing:
         return ""
-    stages = (part(part(report, "recovery"), "curriculum").get("stages")) or [shearing["lhspg"].get("sources") or {}]
-    texts = [_mixture(stage if i or "recovery" in report else list(stage)) for i, stage in enumerate(stages)]
+    own, _ = trainings(report)
+    stages = part(own, "curriculum").get("stages") or [shearing["lhspg"].get("sources") or {}]
+    texts = [_mixture(stage if i or own else list(stage)) for i, stage in enumerate(stages)]
     words = ["fxprune", "shear", part(report, "dense").get("name") or "DENSE", "--recipe", RECIPE_FILE]
     words += ["--ratio", f"{shearing['ratio']}", "--data", texts[0] or "DATA", *(w for text in texts[1:] for w in ("--then", text))]
     given = {unit: most for unit, most in part(shearing, "budget").items() if most is not None}
     unit, most = next(iter(given.items()), ("tokens", shearing["tokens"]["total"]))
-    return _joined([*words, f"--{unit}", f"{most}", "-o", name or "DIR"])
+    return _joined([*words, f"--{unit}", f"{most}", "-o", pruned_name(report, name)])
 
 
-def recover_command(report: Mapping[str, Any], name: str) -> str:
-    """The command that trains the pruned checkpoint so again; empty without a recovery."""
-    recovery = report.get("recovery")
-    if not recovery or "shearing" in report:
-        return ""
+def recover_commands(report: Mapping[str, Any], name: str) -> list[str]:
+    """The commands that train the pruned checkpoint so again, in their order; none without a recovery after it."""
+    _, later = trainings(report)
+    places = [pruned_name(report, name), *(f"RECOVERED-{i}" for i in range(1, len(later))), name or "DIR"]
+    return [_recover(report, recovery, *places[i : i + 2]) for i, recovery in enumerate(later)]
+
+
+def _recover(report: Mapping[str, Any], recovery: Mapping[str, Any], source: str, target: str) -> str:
     recipe = recovery["recipe"] if recovery["recipe"] in RECIPES else "default"
     usual, settings = RECIPES[recipe], recovery["settings"]
-    words = ["fxprune", "recover", pruned_name(report, name)]
-    curriculum = recovery.get("curriculum")
-    stages = curriculum["stages"] if curriculum else [recovery["data"]["sketches"]]
+    words = ["fxprune", "recover", source]
+    given, curriculum = part(recovery, "given"), recovery.get("curriculum")
+    stages = curriculum["stages"] if curriculum else [given.get("data") or recovery["data"]["sketches"]]
     texts = [_mixture(stage) for stage in stages] or [""]
     words += ["--data", texts[0] or "DATA"]
     if curriculum:
@@ -126,17 +142,23 @@ def recover_command(report: Mapping[str, Any], name: str) -> str:
             words += ["--shares", ",".join(f"{share:g}" for share in curriculum["shares"])]
     if recipe != "default":
         words += ["--recipe", recipe]
+    if given.get("validation"):
+        words += ["--validation", ",".join(given["validation"])]
     if recovery.get("teacher"):
-        words += ["--teacher", part(report, "dense").get("name") or "DENSE"]
+        words += ["--teacher", given.get("teacher") or part(report, "dense").get("name") or "DENSE"]
+    if given.get("dtype"):
+        words += ["--dtype", given["dtype"]]
     default = usual.to_json()
     for field in Recovery.__dataclass_fields__:
+        if field in OF_LORA and settings.get("method") == "full":
+            continue
         if field in settings and settings[field] != default[field]:
             words += ["--set", f"{field}={_value(settings[field])}"]
-    return _joined([*words, "-o", name or "DIR"])
+    return _joined([*words, "-o", target])
 
 
 def _mixture(stage: Any) -> str:
-    if isinstance(stage, Mapping) and all(isinstance(w, int | float) for w in stage.values()):
+    if isinstance(stage, Mapping) and all(isinstance(w, int | float) for w in stage.values()) and len(set(stage.values())) > 1:
         return ",".join(f"{n}={w:g}" for n, w in stage.items()) if len(stage) > 1 else "".join(stage)
     return ",".join(stage)
 

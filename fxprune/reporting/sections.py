@@ -12,7 +12,7 @@ from .blocks import Block, Chart, Charts, Listing, Notes, Section, Table, Text, 
 from .charts import LAYER, Axis, Series, Spread, bars, lines, number, spreads
 from .loading import form_said
 from .numbers import Record, numbers, numbers_table, overlap_warning, part, widths_of
-from .recipe import calibration_text, prune_command, recipe_yaml, recover_command, replay_command, shear_command
+from .recipe import calibration_text, prune_command, recipe_yaml, recover_commands, replay_command, shear_command
 from .shearing import shearing_blocks
 from .training import recovery_blocks
 
@@ -324,7 +324,7 @@ def _recipe(record: Record) -> Iterator[Block]:
         replayed = (report.get("recipe") or {}).get("replayed")
         yield Text("A plan was replayed, run in its directory:" if replayed else "The same units again, whatever the text:")
         yield Listing(replay_command(report, name), "bash")
-    if again := recover_command(report, name):
+    for again in recover_commands(report, name):
         yield Text("And the training after it:")
         yield Listing(again, "bash")
 
