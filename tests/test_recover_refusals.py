@@ -214,11 +214,16 @@ def test_short_examples_that_are_trained_and_measured_on(rows: list[str], same: 
         ({"device": "nowhere"}, "cannot use device 'nowhere': "),
         ({"device": "meta"}, "cannot use device 'meta': it holds no numbers"),
         ({"device": "cuda:63"}, "cannot use device 'cuda:63': "),
+        (
+            {"method": "full", "rank": 4},
+            "rank is of adapters, and method=full trains every weight: leave it out, or say method=lora",
+        ),
+        ({"method": "full", "targets": "q_proj"}, "targets is of adapters, and method=full trains every weight: leave it out"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"seed": 2**63}, "seed must be below 9223372036854775808, got 9223372036854775808"),
     ],
 )
-def test_devices_and_seeds_that_are_none(options: dict[str, Any], said: str, text: Path) -> None:
+def test_options_that_make_no_sense(options: dict[str, Any], said: str, text: Path) -> None:
     with pytest.raises(UsageError, match=f"^{re.escape(said)}"):
         fxprune.recover(build("llama"), str(text), tokenizer=tokenizer(), **options)
     if "seed" in options:

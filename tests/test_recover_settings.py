@@ -43,11 +43,6 @@ def test_overrides_may_be_texts() -> None:
         ({"packing": "yes"}, "unknown packing 'yes'; choose from: auto, off, on"),
         ({"compile": "o"}, "unknown compile 'o'; did you mean 'on'?"),
         ({"gradient_checkpointing": "of"}, "unknown gradient_checkpointing 'of'; did you mean 'off'?"),
-        (
-            {"method": "full", "rank": 4},
-            "rank is of adapters, and method=full trains every weight: leave it out, or say method=lora",
-        ),
-        ({"method": "full", "targets": "q_proj"}, "targets is of adapters, and method=full trains every weight: leave it out"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"rank": "two"}, "rank must be a whole number, got 'two'"),
         ({"rank": 2.5}, "rank must be a whole number, got 2.5"),

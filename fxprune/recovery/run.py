@@ -32,7 +32,7 @@ from .loop import Plan, Training
 from .memory import choose_sizes
 from .objective import check_teacher
 from .result import RecoveryReport, RecoveryResult
-from .settings import FREE, Recovery, settings_of
+from .settings import FREE, OF_LORA, Recovery, settings_of
 from .staged import StagedTraining, StageRun, tokens_per_step
 from .state import Position, StateDirectory
 from .subject import Subject, find_subject, fingerprint, plan_name
@@ -100,6 +100,8 @@ def recover(
         FxPruneError: The loss is not finite, or memory ran out; says what to lower. The training state stays.
     """
     settings = settings_of(recipe, overrides)
+    if settings.method == "full" and (idle := [name for name in OF_LORA if name in overrides]):
+        raise UsageError(f"{idle[0]} is of adapters, and method=full trains every weight: leave it out, or say method=lora")
     if settings.distils and teacher is None:
         name = "distill_weight" if settings.distill_weight else "hidden_weight"
         raise UsageError(f"{name} is {getattr(settings, name):g} and there is no teacher: pass the dense model, teacher=")

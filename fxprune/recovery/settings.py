@@ -264,7 +264,7 @@ def settings_of(recipe: str | Recovery = "default", overrides: Mapping[str, Any]
         overrides: Field -> value; texts are read as the field's type (``lr="1e-4"``, ``max_steps="none"``).
 
     Raises:
-        UsageError: An unknown recipe or field, a value that makes no sense, or a field of adapters where there are none.
+        UsageError: An unknown recipe or field, or a value that makes no sense.
     """
     if isinstance(recipe, str):
         if recipe not in RECIPES:
@@ -275,10 +275,7 @@ def settings_of(recipe: str | Recovery = "default", overrides: Mapping[str, Any]
         if name not in known:
             raise UsageError(f"there is no recovery setting '{name}'; {setting_meant(name, known)}")
     values = {n: read_value(n, v) if isinstance(v, str) else v for n, v in (overrides or {}).items()}
-    found = replace(recipe, **values)
-    if found.method == "full" and (idle := [name for name in OF_LORA if name in values]):
-        raise UsageError(f"{idle[0]} is of adapters, and method=full trains every weight: leave it out, or say method=lora")
-    return found
+    return replace(recipe, **values)
 
 
 def read_value(name: str, text: str) -> Any:
