@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from .cost import costs
 from .errors import FxPruneError
+from .files import read_json
 from .groups import Groups
 from .names import CONFIG_FILE
 from .plan import PrunePlan
@@ -66,9 +66,9 @@ def describe(model: nn.Module, groups: Groups) -> dict[str, Any]:
 def _stored_dtype(path: str) -> str:
     """The dtype of the weights in a local checkpoint, as its configuration says; empty where nothing says it."""
     try:
-        config = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8")) if path else {}
+        config = read_json(Path(path) / CONFIG_FILE) if path else {}
         return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
-    except (OSError, ValueError, AttributeError):
+    except (FxPruneError, AttributeError):
         return ""
 
 

@@ -92,9 +92,8 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], owner: Owner) -> Lower
 
 def _check(gm: GraphModule) -> None:
     if any(True for _ in gm.parameters()) or any(True for _ in gm.buffers()):
-        raise CannotLowerError(
-            "the graph holds tensors of its own, as with torch._inductor.config.freezing"
-        )  # Dynamo gives parameters as inputs (torch 2.11 to 2.13)
+        # else Dynamo gives parameters as inputs (torch 2.11 to 2.13)
+        raise CannotLowerError("the graph holds tensors of its own, as with torch._inductor.config.freezing")
     if any(torch.is_autocast_enabled(kind) for kind in {t.device.type for n in gm.graph.nodes for t in _tensors(n)} - {"meta"}):
         raise CannotLowerError("the graph is compiled under autocast")
     for node in gm.graph.nodes:

@@ -295,7 +295,7 @@ def _whole(run: tuple[spaces.Space, ...], units: Callable[[Axis], int]) -> int:
 Change = dict[tuple[str, str], Any]
 
 _NO_SIZE = re.compile(r"(^|_)(id|window)$")
-"""Integers that count tokens, whatever they are equal to: what a change of them does shows on few inputs."""
+"""Integers that count or name tokens, whatever they are equal to: what a change of them does shows on few inputs."""
 
 
 def _candidates(

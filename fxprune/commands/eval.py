@@ -75,7 +75,8 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     for option in ("length", "stride", "max_windows", "protocol"):
         if getattr(arguments, option) is not None and not texts:
             raise UsageError(f"--{option.replace('_', '-')} is of a perplexity: name a text with --text FILE or --texts NAME=FILE")
-    batch, protocol = 8 if arguments.batch_size is None else arguments.batch_size, arguments.protocol or PROTOCOLS[0]
+    batch = 8 if arguments.batch_size is None else arguments.batch_size
+    protocol = PROTOCOLS[0] if arguments.protocol is None else arguments.protocol
     counts = {"limit": arguments.limit, "batch_size": batch, "max_windows": arguments.max_windows}
     check_numbers(**counts)
     read_material(texts, tasks, protocol=protocol, data=arguments.data, limit=arguments.limit)

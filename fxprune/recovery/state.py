@@ -66,10 +66,10 @@ class Position:
         Raises:
             TypeError: It has not all of the entries, others, or some of another type.
         """
-        made = cls(**data)
-        if wrong := [f.name for f in fields(cls) if f.name not in data or not _alike(data[f.name], getattr(cls(), f.name))]:
+        made, usual = cls(**data), cls()
+        if wrong := [f.name for f in fields(cls) if f.name not in data or not _alike(data[f.name], getattr(usual, f.name))]:
             raise TypeError(f"no {wrong[0]}")
-        if list(made.history) != list(cls().history) or len({len(column) for column in made.history.values()}) > 1:
+        if list(made.history) != list(usual.history) or len({len(column) for column in made.history.values()}) > 1:
             raise TypeError("no whole history")
         return made
 
