@@ -423,7 +423,11 @@ def _shear(parser: argparse.ArgumentParser) -> None:
 
 def _eval(parser: argparse.ArgumentParser) -> None:
     file = "a .txt/.json/.jsonl file (.gz too) or a datasets name"
-    parser.add_argument("--dense", metavar="MODEL", help="measure this one in the same way and show the share that is kept")
+    parser.add_argument(
+        "--dense",
+        metavar="MODEL",
+        help="measure this one in the same way and show the share that is kept; or what -o FILE.json kept of it",
+    )
     text = parser.add_argument_group("perplexity")
     text.add_argument("--text", metavar="FILE", help=f"{file}; prints one line for each length")
     text.add_argument("--texts", type=named, metavar="NAME=FILE,...", help="texts by name, such as wikitext2=FILE,ptb=FILE")
@@ -445,7 +449,9 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the table (.md) or the numbers (.json) too")
     parser.add_argument(
-        "--attach", action="store_true", help="keep the numbers with the model: MODEL/eval.json, and its report rendered again"
+        "--attach",
+        action="store_true",
+        help="keep the numbers with the model (MODEL/eval.json), beside those already there, and render its report again",
     )
 
 

@@ -45,6 +45,11 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> Ran:
     return Ran(status, captured.out, captured.err)
 
 
+def everything(directory: Path) -> dict[str, bytes]:
+    """What each file of a directory holds."""
+    return {str(p): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
 def beside_links(
     place: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
 ) -> Iterator[Run]:

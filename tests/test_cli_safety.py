@@ -12,12 +12,8 @@ import fxprune
 from fxprune.api import example_inputs
 from fxprune.errors import PlanError, UsageError
 
-from .command import PLAIN, Run
+from .command import PLAIN, Run, everything
 from .zoo import build, tokenizer
-
-
-def everything(directory: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize(

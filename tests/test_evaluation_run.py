@@ -31,6 +31,7 @@ from fxprune.plan import PrunePlan
 
 from .command import call
 from .harness_rows import byte_pair_tokenizer, raw_rows, task_row, words
+from .scored import made, score
 from .zoo import build, tokens
 
 LINES = ["", " = A heading = ", " ", *(words(random.Random(i), 12, 6) for i in range(40)), "\t", "the end"]
@@ -209,17 +210,6 @@ def test_the_json_says_it_all(found: Evaluation) -> None:
     assert data["dense"]["kept"] is None
     assert data["versions"]["torch"] == torch.__version__
     assert data["latency"]["prompt"] == 128
-
-
-def score(task: str, acc: float, acc_norm: float | None = None, **more: Any) -> TaskScore:
-    metric = "acc" if acc_norm is None else "acc_norm"
-    return TaskScore(task, acc, 0.01, acc_norm, acc_norm and 0.02, metric, **{"chance": 0.25, "rows": 10, "source": "x", **more})
-
-
-def made(*tasks: TaskScore, dense: Evaluation | None = None, **settings: Any) -> Evaluation:
-    from fxprune.cost import Cost
-
-    return Evaluation(Cost(10, 40, 8), (), tasks, None, settings, {}, dense=dense)
 
 
 def test_the_share_that_is_kept() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import nn
 
 from ..checkpoint.source import load_source
 from ..errors import UsageError
@@ -18,7 +17,7 @@ from ..evaluation.contamination import read_seen, warning
 from ..evaluation.run import read_material
 from ..evaluation.tasks import check_numbers, check_tasks
 from ..evaluation.text import PROTOCOLS
-from ..files import check_file, write_whole
+from ..files import check_file, read_json, write_whole
 from ..names import EVALUATION_FILE
 from ..reporting.numbers import numbers, read_record
 from ..reporting.page import write_pages
@@ -33,24 +32,23 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     options = _options(arguments)
     seen = read_seen(arguments.model)
+    before = _before(arguments)
     model, tokenizer = load_model(arguments)
     if tokenizer is None and (options["texts"] or options["tasks"]):
         raise UsageError(
             f"there is no tokenizer beside '{arguments.model}': copy its files there (tokenizer.json, tokenizer_config.json)"
         )
     with progress() as advance:
-        found = evaluate(model, tokenizer, **options, seen=seen, progress=advance)
-        if arguments.dense:
+        found = evaluate(model, tokenizer, **options, dense=before, seen=seen, progress=advance)
+        if arguments.dense and before is None:
             del model
             dense, _ = load_source(arguments.dense, dtype=arguments.dtype)
-            _check_dense(arguments, dense)
+            _check_dense(arguments, sum(p.numel() for p in dense.parameters()))
             found = found.against(evaluate(dense.to(arguments.device), tokenizer, **options, progress=advance))
     if arguments.output:
         _write(Path(arguments.output), found)
     if arguments.attach:
-        _told(arguments.model, found)
-        _write(Path(arguments.model) / EVALUATION_FILE, found)
-        write_pages(Path(arguments.model))
+        _attach(Path(arguments.model), found)
     _show(arguments, found)
     return 0
 
@@ -84,8 +82,9 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         check_file(Path(arguments.output), "an evaluation", OUTPUTS)
     if arguments.attach:
         read_record(arguments.model)
-    if arguments.dense and not arguments.dense.endswith(".gguf"):
-        _check_dense(arguments, load_source(arguments.dense, meta=True)[0])  # a wrong one is told before hours of measuring
+    if arguments.dense and not arguments.dense.endswith((".gguf", ".json")):
+        dense = load_source(arguments.dense, meta=True)[0]  # a wrong one is told before hours of measuring
+        _check_dense(arguments, sum(p.numel() for p in dense.parameters()))
     elif arguments.dense and not Path(arguments.dense).is_file():
         raise UsageError(f"there is no file '{arguments.dense}'")
     return {
@@ -100,11 +99,25 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _check_dense(arguments: argparse.Namespace, dense: nn.Module) -> None:
+def _before(arguments: argparse.Namespace) -> Evaluation | None:
+    """The evaluation of the dense model that a file named by ``--dense`` holds; None where a model is named, or nothing."""
+    if not arguments.dense or not arguments.dense.endswith(".json"):
+        return None
+    if arguments.latency:
+        raise UsageError("--latency is compared with the dense model's of the same run: name the model with --dense, not a file")
+    try:
+        found = Evaluation.from_json(read_json(arguments.dense))
+    except UsageError as error:
+        raise UsageError(f"cannot compare with '{arguments.dense}' (--dense): {error}") from error
+    _check_dense(arguments, found.cost.parameters)
+    return found
+
+
+def _check_dense(arguments: argparse.Namespace, here: int) -> None:
     """Raise `UsageError` where numbers of a model that a checkpoint was not made from would stand in its report."""
     if not arguments.attach:
         return
-    before, here = read_record(arguments.model).report.get("parameters_before"), sum(p.numel() for p in dense.parameters())
+    before = read_record(arguments.model).report.get("parameters_before")
     if before not in (None, here):
         raise UsageError(
             f"'{arguments.model}' was made from a model of {before:,} parameters, and '{arguments.dense}' (--dense) has {here:,}: "
@@ -112,16 +125,21 @@ def _check_dense(arguments: argparse.Namespace, dense: nn.Module) -> None:
         )
 
 
-def _told(model: str, found: Evaluation) -> None:
-    """Say which numbers of an earlier evaluation go, that this one has not measured again."""
-    before, now = read_record(model), found.to_json()
-    kept = {number.label for number in numbers(replace(before, evaluation=now))}
-    gone = [number.label for number in numbers(before) if number.label not in kept]
-    if gone:
-        console.print(
-            f"note        this replaces the evaluation in '{model}': {listed(gone, 3)} of it are not measured again",
-            markup=False,
-        )
+def _attach(directory: Path, found: Evaluation) -> None:
+    """Keep an evaluation with its checkpoint, together with what was measured before in the same way; say what of that goes."""
+    before, why = read_record(directory), ""
+    if before.evaluation is not None:
+        try:
+            found, why = found.with_earlier(Evaluation.from_json(before.evaluation))
+        except UsageError as error:
+            why = str(error)
+    kept = {number.label for number in numbers(replace(before, evaluation=found.to_json()))}
+    if gone := [number.label for number in numbers(before) if number.label not in kept]:
+        otherwise = f", which was made otherwise ({why})" if why else ""
+        note = f"this replaces the evaluation in '{directory}'{otherwise}: {listed(gone, 3)} of it are not measured again"
+        console.print(f"note        {note}", markup=False)
+    _write(directory / EVALUATION_FILE, found)
+    write_pages(directory)
 
 
 def _write(path: Path, found: Evaluation) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -15,7 +15,10 @@ from ..reporting.blocks import table as markdown_table
 from .contamination import warning
 from .latency import Latency
 from .perplexity import Perplexity
-from .tasks import TaskScore
+from .tasks import TASKS, TaskScore
+
+FORMAT = 1
+"""Of the JSON."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +79,135 @@ class Evaluation:
         average = self.average
         return None if average is None else average - sum(t.chance for t in self.tasks) / len(self.tasks)
 
-    def against(self, dense: Evaluation) -> Evaluation:
-        """The same evaluation beside that of the dense model.
+    @classmethod
+    def from_json(cls, data: Any) -> Evaluation:
+        """An evaluation that was kept as JSON (`to_json`, ``fxprune eval -o FILE.json``).
 
         Raises:
-            UsageError: The two were not measured alike.
+            UsageError: The data is none.
         """
+        if not isinstance(data, Mapping) or data.get("fxprune_evaluation") != FORMAT:
+            raise UsageError("not an evaluation: fxprune eval -o FILE.json writes one")
+        try:
+            timed, dense = data["latency"], data["dense"]
+            found = cls(
+                Cost(**data["cost"]),
+                tuple(Perplexity(**p) for p in data["perplexities"]),
+                tuple(TaskScore(**t) for t in data["tasks"]),
+                None if timed is None else Latency(**timed),
+                dict(data["settings"]),
+                dict(data["versions"]),
+                tuple(dict(o) for o in data["overlaps"]),
+                data["cut"],
+                None if dense is None else cls.from_json(dense),
+            )
+            found.markdown()  # every number is one
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"a damaged evaluation: {type(error).__name__}: {error}") from error
+        return found
+
+    def against(self, dense: Evaluation) -> Evaluation:
+        """The same evaluation beside that of the dense model; what only the dense model was measured on is left out.
+
+        Raises:
+            UsageError: The two were not measured alike, or the dense model not on all that this one was.
+        """
+        dense.check_covers([(p.text, p.length) for p in self.perplexities], [t.task for t in self.tasks], self.settings)
+        perplexities = {(p.text, p.length): p for p in dense.perplexities}
+        tasks = {t.task: t for t in dense.tasks}
+        beside = replace(
+            dense,
+            perplexities=tuple(perplexities[p.text, p.length] for p in self.perplexities),
+            tasks=tuple(tasks[t.task] for t in self.tasks),
+            latency=dense.latency if self.latency else None,
+            dense=None,
+        )
+        return replace(self, dense=beside)
+
+    def check_covers(self, texts: Collection[tuple[str, int]], tasks: Collection[str], settings: Mapping[str, Any]) -> None:
+        """Raise `UsageError` unless this, of a dense model, has all that another model is measured on, measured alike.
+
+        Args:
+            texts: Names and lengths of perplexities.
+            tasks: Names of tasks.
+            settings: Of the other's evaluation, as far as they are known.
+        """
+        for text, length in texts:
+            if not any((p.text, p.length) == (text, length) for p in self.perplexities):
+                raise UsageError(f"the dense model was not measured on the text '{text}' in windows of {length}")
+        if missing := [task for task in tasks if not any(t.task == task for t in self.tasks)]:
+            raise UsageError(f"the dense model was not measured on the task '{missing[0]}'")
+        known = dict(_leaves(self.settings))
+        for name, value in _leaves(settings):
+            if name != "lengths" and known.get(name) != value:
+                raise UsageError(f"the dense model was measured otherwise: {name} {known.get(name)}, here {value}")
+
+    def with_earlier(self, earlier: Evaluation) -> tuple[Evaluation, str]:
+        """This evaluation, with what an earlier one of the same model was measured on besides.
+
+        What both have is this one's. Numbers of the dense model come along where they stand beside numbers that they can be
+        compared with.
+
+        Returns:
+            (the two together, why it is this one alone: empty if it is not).
+        """
+        if unlike := self._unlike(earlier):
+            return self, unlike
+        if self.dense and earlier.dense and (unlike := self.dense._unlike(earlier.dense)):
+            return self, f"the dense model: {unlike}"
+        both = self._joined(earlier)
+        if earlier.dense is not None:
+            dense = self.dense._joined(earlier.dense) if self.dense else earlier.dense
+            timed = (self if self.latency else earlier).dense  # clocks of two runs are not alike
+            mine = {*map(_read, both.perplexities), *map(_read, both.tasks)}
+            both = replace(
+                both,
+                dense=replace(
+                    dense,
+                    perplexities=tuple(p for p in dense.perplexities if _read(p) in mine),
+                    tasks=tuple(t for t in dense.tasks if _read(t) in mine),
+                    latency=timed.latency if timed else None,
+                ),
+            )
+        return both, ""
+
+    def _unlike(self, earlier: Evaluation) -> str:
+        """What keeps two evaluations of a model from being one."""
+        theirs, mine = (dict(_leaves({**e.cost.to_json(), **e.versions, **e.settings})) for e in (earlier, self))
+        for name, value in mine.items():
+            if name != "lengths" and theirs.get(name, value) != value:
+                return f"{name} {theirs[name]}, here {value}"
+        return ""
+
+    def _joined(self, earlier: Evaluation) -> Evaluation:
+        """This evaluation and what another has besides, the dense models left as they are."""
+        texts, names = {(p.text, p.length) for p in self.perplexities}, {t.task for t in self.tasks}
+        perplexities = [p for p in earlier.perplexities if (p.text, p.length) not in texts]
+        tasks = [t for t in earlier.tasks if t.task not in names]
+        if earlier.cut and 0 < len(tasks) < len(earlier.tasks):
+            tasks = []  # whose requests were cut is not known
+        settings = {**earlier.settings, **self.settings}
         for name, value in self.settings.items():
-            if dense.settings.get(name) != value:
-                raise UsageError(f"the dense model was measured otherwise: {name} {dense.settings.get(name)}, here {value}")
-        return replace(self, dense=replace(dense, dense=None))
+            if isinstance(value, Mapping):
+                settings[name] = {**earlier.settings.get(name, {}), **value}
+        if "lengths" in settings:
+            settings["lengths"] = sorted({*earlier.settings.get("lengths", ()), *self.settings.get("lengths", ())})
+        again = {*self.settings.get("texts", ()), *names}
+        return replace(
+            self,
+            perplexities=(*perplexities, *self.perplexities),
+            tasks=tuple(sorted((*tasks, *self.tasks), key=lambda t: TASKS.index(t.task) if t.task in TASKS else len(TASKS))),
+            latency=self.latency or earlier.latency,
+            settings=settings,
+            overlaps=(*(o for o in earlier.overlaps if o["text"] not in again), *self.overlaps),
+            cut=self.cut + (earlier.cut if tasks else 0),
+        )
 
     def measures(self) -> list[Measure]:
         """Every line of the table."""
         mine, theirs = _measures(self), _measures(self.dense) if self.dense else {}
+        if self.dense and [t.task for t in self.dense.tasks] != [t.task for t in self.tasks]:
+            theirs = {key: line for key, line in theirs.items() if key not in ("average", "above_chance")}
         lines = []
         for key, line in mine.items():
             dense = theirs.get(key)
@@ -101,7 +219,7 @@ class Evaluation:
         """Plain data; ``kept`` has the share of the dense model's value for each line of the table."""
         lines = self.measures()
         return {
-            "fxprune_evaluation": 1,
+            "fxprune_evaluation": FORMAT,
             "cost": self.cost.to_json(),
             "perplexities": [p.to_json() for p in self.perplexities],
             "tasks": [t.to_json() for t in self.tasks],
@@ -172,6 +290,22 @@ class Evaluation:
         return ["", "dense", "this model", "of dense"], [
             [line.label, line.dense, line.text, share] for line, share in zip(lines, kept, strict=True)
         ]
+
+
+def _leaves(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested settings, with its name: ``texts, wikitext2, tokens``."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{name}, ")
+        else:
+            yield path + name, value
+
+
+def _read(line: Perplexity | TaskScore) -> tuple[Any, ...]:
+    """What was read for a number: two numbers are compared only where this agrees."""
+    if isinstance(line, TaskScore):
+        return line.task, line.rows, line.source, line.metric
+    return line.text, line.source, line.protocol, line.tokens, line.windows, line.length, line.stride
 
 
 def _constant_note(mine: TaskScore, dense: TaskScore | None) -> str:

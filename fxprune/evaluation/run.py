@@ -65,7 +65,8 @@ def evaluate(
         limit: Only the first rows of each task.
         batch_size: Requests at a time, and windows of up to 128 tokens; of longer ones fewer, so that memory stays the same.
         latency: Measure prefill and decode too.
-        dense: The dense model, measured in the same way, or an evaluation of it from before.
+        dense: The dense model, measured in the same way, or an evaluation of it from before (`Evaluation.from_json`), which may
+            have been measured on more.
         seen: What the model was calibrated or trained on: the entries ``data`` of its report, see
             `fxprune.evaluation.contamination.read_seen`. Texts and task files that overlap with it are named in the result.
         progress: Called with (what, done, total).
@@ -75,7 +76,7 @@ def evaluate(
 
     Raises:
         UsageError: An argument, text or file that cannot be used; lm-eval is missing and a task is wanted; ``dense`` was measured
-            otherwise.
+            otherwise, or not on all of this.
     """
     if texts is not None and not isinstance(texts, Mapping):
         raise UsageError(f"texts are a mapping from names to files, got {texts!r}")
@@ -97,6 +98,9 @@ def evaluate(
     ids = {name: token_stream(tokenizer, text, protocol=protocol) for name, text in rows.items()}
     for name, stream in ids.items():
         warn_of_unknown(tokenizer, stream, f"the text '{name}'")
+    read = _reading(texts, ids, lengths, stride, max_windows, protocol, names, limit)
+    if isinstance(dense, Evaluation):
+        dense.check_covers([(name, length) for name in texts for length in lengths], names, read)
     models = [model, dense] if isinstance(dense, nn.Module) else [model]
     for measured in models:
         if any(p.device.type == "meta" for p in measured.parameters()):
@@ -137,7 +141,7 @@ def evaluate(
             perplexities=tuple(perplexities),
             tasks=scores.tasks,
             latency=timed,
-            settings=_settings(texts, ids, lengths, stride, max_windows, protocol, scores, limit),
+            settings={**read, **_scoring(scores)},
             versions={**versions(), **_place(measured)},
             cut=scores.cut,
         )
@@ -166,18 +170,18 @@ def read_material(
     return rows, read_tasks(data, tasks, limit)
 
 
-def _settings(
+def _reading(
     texts: Mapping[str, Any],
     ids: Mapping[str, Tensor],
     lengths: Sequence[int],
     stride: int | None,
     max_windows: int | None,
     protocol: str,
-    scores: Scores,
+    tasks: Sequence[str],
     limit: int | None,
 ) -> dict[str, Any]:
-    """What two evaluations must share to be compared."""
-    found: dict[str, Any] = {}
+    """What is read, and how much of it: two evaluations must share it to be compared."""
+    found: dict[str, Any] = {"limit": limit} if tasks else {}
     if texts:
         found |= {
             "texts": {name: {"source": _label(source), "tokens": len(ids[name])} for name, source in texts.items()},
@@ -186,14 +190,15 @@ def _settings(
             "max_windows": max_windows,
             "protocol": protocol,
         }
-    if scores.tasks:
-        found |= {
-            "tasks": {t.task: {"source": t.source, "rows": t.rows, "metric": t.metric} for t in scores.tasks},
-            "limit": limit,
-            "harness": scores.harness,
-            "special_tokens": scores.special_tokens,
-        }
     return found
+
+
+def _scoring(scores: Scores) -> dict[str, Any]:
+    """How tasks were scored: the rest of what two evaluations must share."""
+    if not scores.tasks:
+        return {}
+    tasks = {t.task: {"source": t.source, "rows": t.rows, "metric": t.metric} for t in scores.tasks}
+    return {"tasks": tasks, "harness": scores.harness, "special_tokens": scores.special_tokens}
 
 
 def _place(model: nn.Module) -> dict[str, str]:

@@ -185,7 +185,8 @@ def _tasks(evaluation: Mapping[str, Any], dense: Mapping[str, Any]) -> Iterator[
                 yield _percent(f"{t['task']}, {metric} (%)", protocol, t[metric], known)
     if evaluation.get("average") is not None:
         names = "; ".join(f"{t['task']} {t['metric']}, {t['rows']:,} rows of {t['source']}" for t in tasks)
-        yield _percent("average of tasks (%)", f"{names}; {how}", evaluation["average"], dense.get("average"))
+        known = dense.get("average") if [*theirs] == [t["task"] for t in tasks] else None
+        yield _percent("average of tasks (%)", f"{names}; {how}", evaluation["average"], known)
 
 
 def _percent(label: str, protocol: str, value: float, dense: float | None) -> Number:
