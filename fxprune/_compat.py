@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx import GraphModule
 
@@ -19,6 +21,8 @@ __all__ = [
     "guard_identity",
     "guard_scalar",
     "on_deepcopy",
+    "own_conditions",
+    "python_text",
     "quiet_trees",
 ]
 
@@ -59,6 +63,32 @@ def guard_scalar(value: Any) -> Any:
 def on_deepcopy(gm: GraphModule, hook: Callable[[GraphModule], object]) -> None:
     """Call something with every deep copy of a graph, of which torch drops the hooks of forward (torch 2.11 to 2.13)."""
     gm._register_deepcopy_hook(hook)
+
+
+def own_conditions(shape_env: Any) -> list[Any]:
+    """Conditions on symbolic sizes that a model's own Python asked for, in order, once each (torch 2.11 to 2.13).
+
+    What torch's kernels and their references ask for is left out: it is about memory, or operators ask for it again when they run.
+    """
+    inner = os.path.join(os.path.dirname(torch.__file__), "_")
+
+    def own(guard: Any) -> bool:
+        place = getattr(guard.sloc, "framework_loc", None)
+        return not str(getattr(place, "filename", place)).startswith(inner)
+
+    return list(dict.fromkeys(guard.expr for guard in shape_env.guards if own(guard)))
+
+
+def python_text(expression: Any) -> str:
+    """A condition on symbolic sizes as Python has it, with ``//`` and ``%`` (torch 2.11 to 2.13).
+
+    Raises:
+        PrintMethodNotImplementedError: Python has no word for something in it.
+    """
+    from torch.utils._sympy.printers import PythonPrinter
+
+    text: str = PythonPrinter().doprint(expression)
+    return text
 
 
 def current_graph() -> str:

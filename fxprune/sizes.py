@@ -6,14 +6,16 @@ size. On others it may well run to its end and be wrong, so it refuses them, as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
-from ._compat import on_deepcopy
+from ._compat import on_deepcopy, own_conditions, python_text
 from .errors import UsageError
 
 SIZES = "fxprune.sizes"
@@ -23,8 +25,6 @@ SIZES = "fxprune.sizes"
 class InputSizes:
     """A hook before forward that refuses inputs of other sizes than a trace holds for.
 
-    Conditions that are no interval of one size (an even length) are not kept.
-
     Args:
         gm: A traced graph; its placeholders have example values.
 
@@ -32,6 +32,7 @@ class InputSizes:
         bounds: ``(leaf, dimension, least, most)`` where not every size will do; leaves are what the inputs flatten to, and ``most``
             is None where there is no limit.
         equal: ``(leaf, dimension, leaf, dimension)`` of sizes that are one.
+        conditions: Of any other form, such as an even length, or one length above another.
     """
 
     def __init__(self, gm: GraphModule) -> None:
@@ -40,6 +41,7 @@ class InputSizes:
         self.names = tuple(node.name for node in placeholders)
         bounds, equal = list[tuple[int, int, int, int | None]](), list[tuple[int, int, int, int]]()
         first: dict[Any, tuple[int, int]] = {}
+        taken: Any = None
         for leaf, node in enumerate(placeholders):
             value = node.meta.get("val")
             shape: Any = value.shape if isinstance(value, Tensor) else ()
@@ -48,10 +50,12 @@ class InputSizes:
                 if least or most is not None:
                     bounds.append((leaf, dim, least, most))
                 if not _fixed(size):
+                    taken = size.node.shape_env
                     known = first.setdefault(size.node.expr, (leaf, dim))
                     if known != (leaf, dim):
                         equal.append((*known, leaf, dim))
         self.bounds, self.equal = tuple(bounds), tuple(equal)
+        self.conditions = tuple(_conditions(own_conditions(taken), first, self.names)) if taken else ()
 
     def register(self, gm: GraphModule) -> None:
         """Let a graph that takes the same inputs, and its copies, refuse those of other sizes."""
@@ -83,11 +87,64 @@ class InputSizes:
                     f"{self.names[here]}.shape[{a}] is {one} and {self.names[there]}.shape[{b}] is {other}: the graph was traced "
                     "for sizes that are equal"
                 )
+        for condition in self.conditions:
+            sizes = [_size(leaves[leaf], dim) for leaf, dim in condition.places]
+            if None not in sizes and not condition.met(sizes):
+                raise UsageError(
+                    f"{condition.told(sizes)}, and the graph was traced for {condition.text}: trace the model with an example of "
+                    "such sizes"
+                )
+
+
+@dataclass(frozen=True)
+class _Condition:
+    """A condition on sizes.
+
+    Attributes:
+        text: The condition, for people.
+        places: ``(leaf, dimension)`` of its sizes.
+        labels: The same for people.
+        holds: Whether it does, of the sizes.
+    """
+
+    text: str
+    places: tuple[tuple[int, int], ...]
+    labels: tuple[str, ...]
+    holds: Callable[..., bool]
+
+    def met(self, sizes: Sequence[Any]) -> bool:
+        """Whether it holds; where it cannot be told, it does not."""
+        try:
+            return bool(self.holds(*sizes))
+        except ZeroDivisionError:
+            return False
+
+    def told(self, sizes: Sequence[Any]) -> str:
+        """The sizes with what they are of."""
+        return " and ".join(f"{label} is {size}" for label, size in zip(self.labels, sizes, strict=True))
+
+
+def _conditions(taken: Sequence[Any], known: Mapping[Any, tuple[int, int]], names: Sequence[str]) -> Iterator[_Condition]:
+    """What a trace has taken for granted, beyond the span of each size and those that are one."""
+    for expression in taken:
+        if expression.free_symbols and expression.free_symbols <= known.keys():
+            if any(side.is_Symbol for side in expression.args) and any(side.is_number for side in expression.args):
+                continue  # a span has it
+            symbols = sorted(expression.free_symbols, key=known.__getitem__)
+            places = tuple(known[s] for s in symbols)
+            labels = tuple(f"{names[leaf]}.shape[{dim}]" for leaf, dim in places)
+            variables = [f"v{i}" for i in range(len(symbols))]
+            holds = eval(f"lambda {', '.join(variables)}: {_renamed(expression, symbols, variables)}", {"math": math})
+            yield _Condition(_renamed(expression, symbols, labels), places, labels, holds)
+
+
+def _renamed(expression: Any, symbols: Sequence[Any], names: Sequence[str]) -> str:
+    return python_text(expression.xreplace({s: type(s)(name, **s.assumptions0) for s, name in zip(symbols, names, strict=True)}))
 
 
 def _hook(gm: GraphModule) -> None:
     sizes = gm.meta[SIZES]
-    if sizes.bounds or sizes.equal:
+    if sizes.bounds or sizes.equal or sizes.conditions:
         gm.register_forward_pre_hook(sizes, with_kwargs=True)
 
 

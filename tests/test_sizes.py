@@ -90,6 +90,70 @@ def test_a_batch_that_is_written_out_is_the_examples(rows: int) -> None:
         gm(tokens(2, 8))
 
 
+class Even(Network):
+    """Treats texts of an odd length in another way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of ids."""
+        return self.ffn(self.embed(x) * (2 if x.shape[1] % 2 else 1))
+
+
+class Longer(Network):
+    """Treats a text that is longer than another in another way."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of both."""
+        return self.ffn(self.embed(x) * (2 if x.shape[1] > y.shape[1] else 1)), self.ffn(self.embed(y))
+
+
+class Pairs(Network):
+    """Two tokens at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of ids, in pairs."""
+        out = self.ffn(self.embed(x))
+        return out.view(x.shape[0], x.shape[1] // 2, 2, 50)
+
+
+@pytest.mark.parametrize("of", [lambda gm: gm, copy.deepcopy])
+def test_conditions_that_are_no_span_of_one_size(of: Callable[[GraphModule], GraphModule]) -> None:
+    for model, example, fits, others in (
+        (Even(), (tokens(2, 8),), (tokens(3, 6),), (tokens(2, 7),)),
+        (Even(), (tokens(2, 7),), (tokens(3, 5),), (tokens(2, 6),)),
+        (Longer(), (tokens(2, 8), tokens(2, 4)), (tokens(1, 3), tokens(3, 2)), (tokens(2, 4), tokens(2, 8))),
+        (Longer(), (tokens(2, 4), tokens(2, 8)), (tokens(2, 4), tokens(2, 4)), (tokens(2, 4), tokens(2, 3))),
+    ):
+        gm = of(pruned(model.eval(), example))
+        gm(*fits)
+        with pytest.raises(
+            UsageError, match=r"x\.shape\[1\] is .*, and the graph was traced for .*: trace the model with an example"
+        ):
+            gm(*others)
+
+
+def test_what_operators_ask_for_is_left_to_them() -> None:
+    gm = pruned(Pairs(), (tokens(2, 8),))
+    assert not gm._forward_pre_hooks
+    assert gm(tokens(1, 2)).shape == (1, 1, 2, 50)
+    with pytest.raises(RuntimeError, match="is invalid for input of size"):
+        gm(tokens(2, 7))
+
+
+def test_a_condition_names_its_sizes() -> None:
+    gm = pruned(Longer(), (tokens(2, 8), tokens(2, 4)))
+    with pytest.raises(UsageError) as caught:
+        gm(tokens(2, 4), y=tokens(2, 5))
+    assert str(caught.value) == (
+        "x.shape[1] is 4 and y.shape[1] is 5, and the graph was traced for x.shape[1] > y.shape[1]: "
+        "trace the model with an example of such sizes"
+    )
+    compiled = torch.compile(gm, fullgraph=True)
+    ids = tokens(2, 8), tokens(2, 4)
+    torch.testing.assert_close(compiled(*ids), gm(*ids))
+    with pytest.raises(RuntimeError):
+        compiled(*reversed(ids))
+
+
 def test_sizes_that_are_one_stay_one() -> None:
     inputs = {"input_ids": tokens(2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
     gm = pruned(build("llama"), inputs)
