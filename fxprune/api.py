@@ -284,6 +284,10 @@ def prune(
         raise UsageError("plan= is replayed as it is, and reads no text: leave out calibration=, or give compensation= with it")
     clock = _Clock()
     example = inputs if inputs is not None else example_inputs(model)
+    if graph is not None and not isinstance(graph, GraphModule):
+        raise UsageError(f"graph= is what fxprune.trace returned, not {graph!r:.80}")
+    if tolerance is not None and (isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance >= 0):
+        raise UsageError(f"tolerance is the largest relative error, a number from 0 on, got {tolerance!r}")
     if graph is not None and {id(p) for p in graph.parameters()} - {id(p) for p in model.parameters()}:
         raise UsageError("graph= is the trace of another model: its parameters are not this model's")
     gm: GraphModule = graph if graph is not None else clock("trace", trace, model, example)
@@ -308,7 +312,7 @@ def prune(
         made_up = clock("compensation", compensate, gm, small, plan, material.batches(), method=how.compensation, progress=progress)
     form, eager, error, note = clock("eager", _eager, model, groups, plan, small, probe, allowed, made_up.added if made_up else ())
     if eager is not None and form == "per-layer" and not hasattr(model, "merge_and_unload"):  # peft saves adapters
-        save_itself(eager.model, model.config, eager.spec)
+        save_itself(eager.model, eager.spec)
     if form == "graph":
         note += _trace_differs(model, gm, probe, allowed)
     after = sum(p.numel() for p in small.parameters())

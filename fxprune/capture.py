@@ -13,6 +13,7 @@ import io
 import logging
 import operator
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from ._compat import CANNOT_TELL, FakeTensorMode, dynamic_size_errors, quiet_trees
 from .errors import CaptureError, UsageError
-from .mode import quiet
+from .mode import quiet, unchanged
 from .quantised import refuse_quantised
 from .sizes import SIZES, InputSizes
 from .wording import listed
@@ -57,10 +58,15 @@ def trace(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"expected a torch.nn.Module to trace, got {type(model).__name__}")
+    if lazy := next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None):
+        raise UsageError(f"parameter '{lazy}' has no size yet: run this {type(model).__name__} once before it is traced")
     refuse_quantised(model)
     args, kwargs = _arguments(inputs)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
+    # a view would bring guards on the tensor that it is a part of
+    args, kwargs = torch.utils._pytree.tree_map_only(
+        Tensor, lambda t: (t.clone() if t._is_view() else t).to(device), (args, kwargs)
+    )
     if dynamic_shapes is not None:
         return _capture(model, args, kwargs, dynamic_shapes)
     wide_args, wide_kwargs = tuple(map(_widen, args)), {k: _widen(v) for k, v in kwargs.items()}
@@ -96,18 +102,20 @@ _FEWER = ("a symbolic batch only", "fixed sizes")
 
 
 def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> GraphModule:
-    with quiet(model), torch.no_grad():
+    with quiet(model), unchanged(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")  # it is put back
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # where torch prints its whole graph when it fails
                 exported: Any = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            if any(_mutates(n) for n in exported.graph.nodes):
+                with quiet_trees():
+                    exported = exported.run_decompositions({})
         except Exception as error:
             raise _explain(model, error) from error
-        if any(_mutates(n) for n in exported.graph.nodes):
-            with quiet_trees():
-                exported = exported.run_decompositions({})
     if changed := sorted(set(exported.graph_signature.buffers_to_mutate.values())):
         log.warning("the model's forward changes its buffers (%s); the graph reads them as they are now", listed(changed, 3))
     gm: GraphModule = exported.module(check_guards=False)
+    gm.meta = {key: value for key, value in gm.meta.items() if not key.startswith("fxprune.")}  # of a graph that was traced again
     canonicalise(gm, _adopt(gm, model))
     gm.meta[SIZES] = InputSizes(gm)
     return gm
@@ -138,7 +146,7 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args = tuple(inputs)
     else:
         raise UsageError(f"inputs must be a mapping, a tuple or a tensor, got {type(inputs).__name__}")
-    if not any(isinstance(v, Tensor) for v in (*args, *kwargs.values())):
+    if not any(isinstance(v, Tensor) for v in torch.utils._pytree.tree_leaves((args, kwargs))):
         raise UsageError("inputs hold no tensor: pass for example {'input_ids': ids}")
     return args, kwargs
 
@@ -322,8 +330,14 @@ def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _inline_regions(gm: GraphModule) -> None:
-    """Replace ``wrap_with_set_grad_enabled`` / ``wrap_with_autocast`` regions by their bodies."""
+    """Replace ``wrap_with_set_grad_enabled`` / ``wrap_with_autocast`` regions by their bodies; casts under autocast are lost."""
     regions = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+    autocast = [n for n in gm.graph.nodes if getattr(n.target, "__name__", "") == "wrap_with_autocast" and n.args[2]]
+    if autocast:
+        log.warning(
+            "the model's forward runs a part under torch.autocast (%s); the graph computes it in the model's own precision",
+            str(autocast[0].args[1]).removeprefix("torch."),
+        )
     for node in list(gm.graph.nodes):
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
         if name not in regions:

@@ -48,6 +48,22 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Afterwards every attribute of every module as it was: what a forward keeps for the next has no numbers in a trace."""
+    before: list[tuple[nn.Module, dict[str, Any], Any, Any]]
+    before = [(m, dict(vars(m)), dict(m._buffers), dict(m._parameters)) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, own, buffers, parameters in before:
+            vars(module).clear()
+            vars(module).update(own)
+            for kept, held in ((module._buffers, buffers), (module._parameters, parameters)):
+                kept.clear()
+                kept.update(held)
+
+
+@contextmanager
 def in_double(*modules: nn.Module) -> Iterator[None]:
     """Parameters and buffers in float64 within; afterwards they have their own storage again. Needs memory for the copies."""
     tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()}

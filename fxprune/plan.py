@@ -78,12 +78,7 @@ class PrunePlan:
         for name, units in keep.items():
             if name not in groups:
                 raise PlanError(f"the plan names a prune group '{name}' that the model does not have; {nearest(name, groups)}")
-            numbers = torch.as_tensor(units).cpu().flatten()
-            if numbers.numel() and (numbers.dtype == torch.bool or numbers.is_floating_point() or numbers.is_complex()):
-                raise PlanError(
-                    f"the units of group '{name}' must be whole numbers, got {str(numbers.dtype).removeprefix('torch.')}"
-                )
-            chosen[name] = torch.unique(numbers.long())
+            chosen[name] = torch.unique(_units_of(name, units))
         chosen = {n: u for n, u in chosen.items() if len(u) != groups[n].size or u.tolist() != list(range(groups[n].size))}
         plan = cls(
             keep=chosen,
@@ -102,8 +97,13 @@ class PrunePlan:
         """A plan from the units that go, as `removed` gives them; raises as `from_keep`."""
         keep = {}
         for name, units in gone.items():
-            stays = torch.ones(groups[name].size, dtype=torch.bool)
-            stays[units] = False
+            if name not in groups:
+                raise PlanError(f"the plan names a prune group '{name}' that the model does not have; {nearest(name, groups)}")
+            numbers, size = _units_of(name, units), groups[name].size
+            if any(not 0 <= n < size for n in numbers.tolist()):
+                raise PlanError(f"a unit of group '{name}' is out of range: it has {size}")
+            stays = torch.ones(size, dtype=torch.bool)
+            stays[numbers] = False
             keep[name] = stays.nonzero().flatten()
         return cls.from_keep(groups, keep, recipe=recipe)
 
@@ -237,6 +237,17 @@ def _expect(data: Any, key: str, kind: type) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"'{key}' should be of type {kind.__name__}, got {value!r:.80}")
     return value
+
+
+def _units_of(name: str, units: Any) -> Tensor:
+    """Units of a group as a LongTensor; `PlanError` where they are something else."""
+    try:
+        numbers = torch.as_tensor(units).cpu().flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PlanError(f"the units of group '{name}' must be whole numbers, got {units!r:.80}") from error
+    if numbers.numel() and (numbers.dtype == torch.bool or numbers.is_floating_point() or numbers.is_complex()):
+        raise PlanError(f"the units of group '{name}' must be whole numbers, got {str(numbers.dtype).removeprefix('torch.')}")
+    return numbers.long()
 
 
 def _whole_numbers(units: list[Any], name: str) -> list[int]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
@@ -134,7 +135,9 @@ def _conditions(taken: Sequence[Any], known: Mapping[Any, tuple[int, int]], name
             places = tuple(known[s] for s in symbols)
             labels = tuple(f"{names[leaf]}.shape[{dim}]" for leaf, dim in places)
             variables = [f"v{i}" for i in range(len(symbols))]
-            holds = eval(f"lambda {', '.join(variables)}: {_renamed(expression, symbols, variables)}", {"math": math})
+            holds = eval(
+                f"lambda {', '.join(variables)}: {_renamed(expression, symbols, variables)}", {"math": math, "torch": torch}
+            )
             yield _Condition(_renamed(expression, symbols, labels), places, labels, holds)
 
 

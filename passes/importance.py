@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from ..criteria import Criterion, UserCriterion, aggregate, check_aggregation, find_criterion
+from ..criteria import Criterion, ElementScore, UserCriterion, aggregate, check_aggregation, find_criterion
 from ..errors import FxPruneError, UsageError, check_seed, check_whole
 from ..groups import Groups, Member, PruneGroup
 from .activations import collect_moments
@@ -130,7 +130,7 @@ def score(
     if isinstance(found, Criterion) and not found.calibrated:
         assert found.element is not None
         for name in ledger.parameters:
-            ledger.add(name, found.element(_wide(ledger.weight(name)), torch.empty(0)))
+            ledger.add(name, _statistic(found.element, ledger.weight(name), torch.empty(0)))
         return ledger.totals(aggregation, signed=found.signed)
     if not calibration:
         label = found.name if isinstance(found, Criterion) else getattr(found, "__name__", "this")
@@ -169,7 +169,9 @@ def _check_weights(groups: Groups) -> None:
         assert value.tensor is not None
         if value.tensor.is_meta:
             raise UsageError(f"parameter '{name}' is on the meta device: there are no weights to score")
-        if value.tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(value.tensor.detach())):
+        numbers = value.tensor.detach()
+        numbers = torch.view_as_real(numbers) if numbers.is_complex() else numbers
+        if numbers.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(numbers)):
             raise FxPruneError(f"parameter '{name}' holds NaN or infinite values: the model is damaged, nothing was pruned")
 
 
@@ -279,6 +281,16 @@ def _accumulable(gradient: Tensor) -> Tensor:
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
+def _statistic(element: ElementScore, weight: Tensor, gradient: Tensor) -> Tensor:
+    """A criterion's element-wise statistic; of a complex number, the sum of its two parts'."""
+    if weight.is_complex():
+        gradient = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+        parts: Tensor = element(torch.view_as_real(weight), gradient).sum(-1)
+        return parts
+    whole: Tensor = element(_wide(weight), _wide(gradient))
+    return whole
+
+
 def _wide(tensor: Tensor) -> Tensor:
     """Squares of float16 gradients would vanish: they are taken in float32, one parameter at a time."""
     return tensor.float() if tensor.dtype == torch.float16 else tensor
@@ -304,7 +316,7 @@ def _collect(
         assert gradient is not None
         if isinstance(criterion, Criterion):
             assert criterion.element is not None
-            statistic = criterion.element(_wide(parameter.detach()), _wide(gradient))
+            statistic = _statistic(criterion.element, parameter.detach(), gradient)
         else:
             statistic = criterion(name, parameter.detach(), gradient)
             if not isinstance(statistic, Tensor) or statistic.shape != parameter.shape:

@@ -15,6 +15,7 @@ from ..rules import Call, Value, rule_for
 from ..rules.registry import bind
 from ..spaces import Size, Space, fresh, leaves, pin, size_of
 
+aten: Any = torch.ops.aten
 log = logging.getLogger("fxprune")
 
 
@@ -57,7 +58,32 @@ def infer(gm: GraphModule, *, pin_inputs: bool = True) -> Inference:
                 if source.op == "get_attr":
                     found.first_use.setdefault(str(source.target), position)
             found.values[node.name] = _operator(found, node)
+            if getattr(node.target, "overloadpacket", None) in _BY_STRIDES:
+                for source in _of_one_storage(node):
+                    _pin_all(found.values.get(source.name), "read by strides")
     return found
+
+
+_BY_STRIDES = {aten.as_strided, aten.as_strided_copy, aten.as_strided_scatter, aten.sym_stride, aten.sym_storage_offset}
+"""Operators whose numbers mean places in memory, where other tensors' units may lie between those of their own."""
+
+
+def _of_one_storage(node: Node) -> set[Node]:
+    """The operands of an operator, and all that they are views of."""
+    found, stack = set(node.all_input_nodes), list(node.all_input_nodes)
+    while stack:
+        current = stack.pop()
+        if current.op == "call_function" and _may_alias(current):
+            new = set(current.all_input_nodes) - found
+            found |= new
+            stack += new
+    return found
+
+
+def _may_alias(node: Node) -> bool:
+    """Whether what an operator gives may lie in its operand's memory; whatever has no schema may."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or schema.name == "aten::dropout" or any(r.alias_info is not None for r in schema.returns)
 
 
 def _attribute(found: Inference, gm: GraphModule, node: Node) -> Any:
@@ -150,6 +176,8 @@ def _apply(call: Call) -> list[list[Any]]:
         _renumber(call, found.numbers)
         many = bool(result) and isinstance(result[0], list | tuple | Value)
         results = [list(r) for r in result] if many else [list(result)]
+        if odd := [d for dims in results for d in dims if not isinstance(d, Space)]:
+            raise TypeError(f"a rule returns spaces, not {odd[0]!r}")
     except Exception as error:  # noqa: BLE001 - an incomplete rule must never become a wrong one
         log.warning("the rule for %s failed: %r", call.why, error)
         return call.give_up(f"the rule failed ({type(error).__name__})")

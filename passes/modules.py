@@ -122,6 +122,9 @@ def _install(root: nn.Module, path: str, module: nn.Module) -> None:
         if piece not in owner._modules:
             owner.add_module(piece, nn.Module())
         owner = owner.get_submodule(piece)
-    for name, buffer in (owner._modules.get(leaf) or nn.Module()).named_buffers():  # such as an embedding's scale
+    before = owner._modules.get(leaf) or nn.Module()
+    for name, buffer in before._buffers.items():  # such as an embedding's scale
         module.register_buffer(name, buffer)
+    for name, child in before._modules.items():
+        module.add_module(name, child)
     owner._modules[leaf] = module

@@ -65,7 +65,7 @@ class RewritePass(Pass):
         _resize(graph_module, groups, graph, new, choice)
         _drop(groups, new, plan)
         remove_dead(graph)
-        root = _slice_tensors(groups, graph, choice)
+        root = _slice_tensors(graph_module, groups, graph, choice)
         to_modules(graph, root, groups.aliases)
         small = GraphModule(root, graph)
         small.meta[PLAN], small.meta[DENSE] = plan, weakref.ref(graph_module)
@@ -130,7 +130,10 @@ def _resize(gm: GraphModule, groups: Groups, graph: Graph, new: dict[Node, Node]
             count=units,
             emit=_emitter(graph, node),
         )
-        rebind(node, {k: v for k, v in (rule.resizer(resize) or {}).items() if v != resize.arguments[k]})
+        changed = rule.resizer(resize) or {}
+        if unknown := [name for name in changed if name not in resize.arguments]:
+            raise UsageError(f"the rule '{rule.name}' changes an argument '{unknown[0]}' that {old.target} does not have")
+        rebind(node, {k: v for k, v in changed.items() if v != resize.arguments[k]})
 
 
 def _emitter(graph: Graph, node: Node) -> Callable[[Node, int, int], Node]:
@@ -164,18 +167,21 @@ def slice_tensor(tensor: Tensor, dims: list[Space], choice: dict[Axis, Tensor]) 
     return out if out.data_ptr() != tensor.data_ptr() and not tensor.is_meta else out.clone()
 
 
-def _slice_tensors(groups: Groups, graph: Graph, choice: dict[Axis, Tensor]) -> nn.Module:
+def _slice_tensors(gm: GraphModule, groups: Groups, graph: Graph, choice: dict[Axis, Tensor]) -> nn.Module:
     root = nn.Module()
     for name in dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "get_attr"):
-        value = groups.inference.tensors[name]
-        assert value.tensor is not None
-        data = slice_tensor(value.tensor, value.dims, choice)
         owner = root
         *path, leaf = name.split(".")
         for piece in path:
             if piece not in owner._modules:
                 owner.add_module(piece, nn.Module())
             owner = owner.get_submodule(piece)
+        value = groups.inference.tensors.get(name)
+        if value is None:  # a branch or a loop's body, which nothing is pruned in
+            owner.add_module(leaf, copy.deepcopy(gm.get_submodule(name)))
+            continue
+        assert value.tensor is not None
+        data = slice_tensor(value.tensor, value.dims, choice)
         if isinstance(value.tensor, nn.Parameter):
             owner.register_parameter(leaf, nn.Parameter(data, requires_grad=value.tensor.requires_grad))
         else:

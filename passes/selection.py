@@ -18,7 +18,7 @@ import fnmatch
 import math
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +90,7 @@ class Selection:
             raise UsageError("give either ratio= (share of all parameters) or units= (share of units), not both or neither")
         shares = self.units if isinstance(self.units, Mapping) else {"": self.ratio if self.units is None else self.units}
         for kind, share in shares.items():
-            if not isinstance(share, int | float) or not 0 < share < 1:
+            if not _number(share) or not 0 < share < 1:
                 what = "a ratio" if self.units is None else f"the share of units{kind and f' of kind {kind}'}"
                 raise UsageError(f"{what} must lie between 0 and 1 (0.2 removes 20 %), got {share!r}")
         multiples = self.multiple if isinstance(self.multiple, Mapping) else {"": self.multiple}
@@ -99,18 +99,16 @@ class Selection:
                 raise UsageError(f"unknown kind '{kind}'; {nearest(kind, (*KINDS, LAYERS))}")
         for kind in (k for k in shares if k and self.pace.get(k, 0) == 0):
             raise UsageError(f"units= gives a share for kind '{kind}', but kinds= leaves it out")
-        if any(not 0 <= pace < math.inf for pace in self.pace.values()):
+        if any(not _number(pace) or not 0 <= pace < math.inf for pace in self.pace.values()):
             raise UsageError(f"a pace must be 0 or a positive number, got {self.pace}")
         if all(pace == 0 for pace in self.pace.values()):
             raise UsageError("no kind may be pruned: name at least one")
         for name, value, valid in (("ranking", self.ranking, RANKINGS), ("widths", self.widths, WIDTHS)):
             if value not in valid:
                 raise UsageError(f"unknown {name} '{value}'; {nearest(str(value), valid)}")
-        if self.protect_first < 0 or self.protect_last < 0:
-            raise UsageError(
-                f"protect_first and protect_last are numbers of layers, got {self.protect_first} and {self.protect_last}"
-            )
-        if not 0 <= self.floor < 1:
+        for name in ("protect_first", "protect_last"):
+            check_whole(name, getattr(self, name), 0)
+        if not _number(self.floor) or not 0 <= self.floor < 1:
             raise UsageError(f"floor is a share of units from 0 up to (not including) 1, got {self.floor}")
         for kind, multiple in multiples.items():
             check_whole(f"multiple of {kind}" if isinstance(self.multiple, Mapping) else "multiple", multiple, 1)
@@ -196,6 +194,10 @@ class SelectionPass(Pass):
             curves=graph_module.meta.get(CURVES),
         )
         return PassResult(graph_module, False)
+
+
+def _number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _given(selection: Selection | None, options: Mapping[str, Any]) -> Selection:

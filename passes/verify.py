@@ -1,36 +1,32 @@
 """The verify pass: the pruned module against the masked dense graph, computed in a different way.
 
-The reference never slices a parameter and never uses a resize rule. It runs the *dense* graph with the removed units' parameter
-slices set to zero; where an operator averages, normalises or contracts over an axis that lost units, the statistic is taken over
-the kept units, by masks.
+The reference (`fxprune.passes.reference`) runs the *dense* graph with the removed units' parameter slices at zero, and statistics
+over the kept units.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule
+from torch.fx.node import map_aggregate
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..errors import UsageError, VerificationError
-from ..groups import Groups
 from ..mode import in_double
 from ..plan import PrunePlan
-from ..rules import Value
-from ..rules.registry import bind
-from ..rules.views import OF_ANY_STRIDE
-from ..spaces import Axis, Space, kept, size_of
 from .base import Pass
 from .dependency import PLAN, groups_of
+from .reference import Reference, wide_of
 from .rewrite import DENSE
 
-aten: Any = torch.ops.aten
 log = logging.getLogger("fxprune")
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -40,19 +36,24 @@ IN_DOUBLE = 1e-6
 """The same for a network that amplifies rounding, compared in float64; some operators of it may still compute in float32."""
 
 
+IN_16_BITS = 1 << 28
+"""What 16 bits hide is looked for in float64 in models of up to so many parameters, the dense one's and the pruned one's: 2 GiB."""
+
+
 @dataclass(frozen=True)
 class VerifyReport:
     """What verification measured.
 
     Attributes:
-        max_rel_error: ``max |pruned - reference| / max |reference|`` over all floating-point outputs; in float64 if there is a
-            ``rounding``.
+        max_rel_error: ``max |pruned - reference| / max |reference|``, the largest of all outputs; of integers the share of entries
+            that differ. In float64 if there is a ``rounding``.
         tolerance: What was allowed.
         reference: What it was compared with, in words.
         outputs: Number of output tensors compared.
         seconds: Time taken.
-        rounding: The error in the model's own precision, where that was above its tolerance and the comparison was made again in
-            float64: a network that amplifies rounding is not a wrong one. None where this was not needed.
+        rounding: The error in the model's own precision, where the comparison was made again in float64: because it was above its
+            tolerance (a network that amplifies rounding is not a wrong one), or because 16 bits would hide a small fault. None
+            where this was not needed.
     """
 
     max_rel_error: float
@@ -120,11 +121,12 @@ def verify(gm: GraphModule, small: nn.Module, plan: PrunePlan, inputs: Any, *, t
 
     Returns:
         A report; look at ``max_rel_error`` and ``ok``. Nothing is raised for a large error. Where it is above the tolerance, the
-        comparison is made again in float64 (if there is memory for it, and no operator insists on its dtype), against `IN_DOUBLE`.
+        comparison is made again in float64 (if there is memory for it, and no operator insists on its dtype), against `IN_DOUBLE`;
+        in 16 bits, whose tolerance is wide, also where it is not (up to `IN_16_BITS` parameters).
 
     Raises:
         PlanError: The plan belongs to another model.
-        UsageError: The model is on the meta device and cannot be run.
+        UsageError: The model is on the meta device and cannot be run; or the inputs are none that the graph takes.
     """
     start = time.perf_counter()
     groups = groups_of(gm)
@@ -137,30 +139,63 @@ def verify(gm: GraphModule, small: nn.Module, plan: PrunePlan, inputs: Any, *, t
         args, kwargs = (inputs,), {}
     elif isinstance(inputs, tuple | list):
         args, kwargs = tuple(inputs), {}
+    elif not isinstance(inputs, Mapping):
+        raise UsageError(f"inputs are a mapping of keyword arguments, a tuple or one tensor, got {inputs!r}")
     allowed, rounding = tolerance if tolerance is not None else tolerance_of(gm), None
     error, reference, outputs = _compared(gm, small, plan, args, kwargs)
     if not error <= allowed and tolerance_of(gm) > TOLERANCES[torch.float64]:
-        args, kwargs = torch.utils._pytree.tree_map(in_float64, (args, dict(kwargs)))
-        try:
-            with in_double(gm, small):
-                wide, _, _ = _compared(gm, small, plan, args, kwargs)
-        except RuntimeError as failure:
-            log.info("the comparison cannot be made again in float64: %s", failure)
-        else:
+        wide = _in_double(lambda a, k: _compared(gm, small, plan, a, k)[0], gm, small, args, kwargs)
+        if wide is not None:
             error, rounding, allowed = wide, error, min(allowed, IN_DOUBLE)
+    elif error > TOLERANCES[torch.float32] and isinstance(small, GraphModule) and _elements(gm, small) <= IN_16_BITS:
+        every = (torch.bfloat16, torch.float16, torch.float32)
+        again = widened(small, every)
+        wide = _in_double(lambda a, k: _compared(gm, again, plan, a, k, every)[0], gm, small, args, kwargs)
+        if wide is not None:
+            error, rounding, allowed = wide, error, min(allowed, TOLERANCES[torch.float32])
     return VerifyReport(error, allowed, reference, outputs, time.perf_counter() - start, rounding)
 
 
+def _in_double(
+    compare: Callable[..., float], gm: GraphModule, small: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> float | None:
+    """The relative error in float64; None where there is no memory for it, or an operator insists on its dtype."""
+    args, kwargs = torch.utils._pytree.tree_map(in_float64, (args, dict(kwargs)))
+    try:
+        with in_double(gm, small):
+            return compare(args, kwargs)
+    except RuntimeError as failure:
+        log.info("the comparison cannot be made again in float64: %s", failure)
+        return None
+
+
+def _elements(*modules: nn.Module) -> int:
+    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
+
+
+def widened(gm: GraphModule, dtypes: Collection[torch.dtype]) -> GraphModule:
+    """The same graph on the same parameters; where it casts to one of these dtypes, it casts to float64."""
+    graph = copy.deepcopy(gm.graph)
+    for node in graph.nodes:
+        node.args, node.kwargs = (map_aggregate(part, lambda v: wide_of(v, dtypes)) for part in (node.args, node.kwargs))
+    return GraphModule(gm, graph)
+
+
 def _compared(
-    gm: GraphModule, small: nn.Module, plan: PrunePlan, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    gm: GraphModule,
+    small: nn.Module,
+    plan: PrunePlan,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    wide: Collection[torch.dtype] = (),
 ) -> tuple[float, str, int]:
     """(relative error, what the reference is, number of outputs)."""
     with torch.no_grad():
-        reference = _Reference(gm, groups_of(gm), plan)
+        reference = Reference(gm, groups_of(gm), plan, wide)
         expected = reference.call_like_module(args, kwargs)
         actual = small(*args, **kwargs)
     said = "masked dense, statistics over the kept units" if reference.adjusted else "masked dense"
-    return relative_error(expected, actual), said, len(_floats(expected))
+    return relative_error(expected, actual), said, len(_tensors(expected))
 
 
 def in_float64(value: Any) -> Any:
@@ -174,12 +209,12 @@ def tolerance_of(module: nn.Module) -> float:
 
 
 def relative_error(expected: Any, actual: Any) -> float:
-    """``max |actual - expected| / max |expected|`` over all floating-point tensors of two outputs; infinite if they differ in form.
+    """``max |actual - expected| / max |expected|``, the largest over all tensors of two outputs; infinite if they differ in form.
 
-    NaN anywhere gives NaN.
+    Equal infinities are equal, NaN anywhere gives NaN. Of integers it is the share of entries that differ.
     """
-    pairs = list(zip(_floats(expected), _floats(actual), strict=False))
-    if not pairs or len(_floats(expected)) != len(_floats(actual)):
+    pairs = list(zip(_tensors(expected), _tensors(actual), strict=False))
+    if not pairs or len(_tensors(expected)) != len(_tensors(actual)):
         return float("inf")
     errors = [_relative(e, a) for e, a in pairs]
     return float("nan") if any(e != e for e in errors) else max(errors)
@@ -188,308 +223,16 @@ def relative_error(expected: Any, actual: Any) -> float:
 def _relative(expected: Tensor, actual: Tensor) -> float:
     if expected.shape != actual.shape:
         return float("inf")
-    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-    return float((expected.double() - actual.double()).abs().max() / scale.double())
+    if not expected.numel():
+        return 0.0
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return float((expected != actual).double().mean())
+    size = expected.abs()
+    scale = size.masked_fill(size.isinf(), 0).max().clamp_min(torch.finfo(size.dtype).tiny).double()
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    off = (expected.to(wide) - actual.to(wide)).abs()
+    return float(off.masked_fill(expected == actual, 0).max() / scale)
 
 
-def _floats(output: Any) -> list[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(output)
-    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
-
-
-class _Reference(Interpreter):
-    """The dense graph with removed parameter slices at zero and reductions over the kept units."""
-
-    def __init__(self, gm: GraphModule, groups: Groups, plan: PrunePlan) -> None:
-        super().__init__(gm)
-        self.groups = groups
-        self.choice: dict[Axis, Tensor] = {groups[n].axis: u for n, u in plan.keep.items()}
-        self.masked = _masked_tensors(groups, plan)
-        self.adjusted = False
-
-    def call_like_module(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run with the module's own calling convention."""
-        graph = cast(GraphModule, self.module).graph
-        codegen: Any = graph._codegen
-        if not hasattr(codegen, "pytree_info"):
-            names = [n.target for n in graph.nodes if n.op == "placeholder"]
-            flat = [*args, *(kwargs[str(n)] for n in names[len(args) :])]
-            return self.run(*flat)
-        keywords = codegen.pytree_info.in_spec.child(1)
-        wanted = list(keywords.context) if keywords.num_children else []
-        flat, _ = torch.utils._pytree.tree_flatten((tuple(args), {k: kwargs[k] for k in wanted}))
-        return self.run(*flat, enable_io_processing=False)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.masked[target] if target in self.masked else super().get_attr(target, args, kwargs)
-
-    def run_node(self, n: Node) -> Any:
-        out = self._run(n)
-        if getattr(n.target, "overloadpacket", None) in _UNDEFINED_AT_ZERO and isinstance(out, Tensor):
-            value = self.groups.inference.values[n.name]
-            static = [d for d, space in enumerate(value) if isinstance(size_of(space), int)]
-            kept_only = _joint(out, static, value, self.keep_mask)
-            if kept_only is not None:  # 0 / 0 where a unit is gone must not spread
-                return out.masked_fill(~kept_only & ~out.isfinite(), 0)
-        return out
-
-    def _run(self, n: Node) -> Any:
-        call = self.groups.inference.calls.get(n.name)
-        handler = _HANDLERS.get(getattr(n.target, "overloadpacket", None)) if call is not None else None
-        if handler is not None and call is not None:
-            arguments = torch.fx.node.map_arg(bind(n), lambda m: self.env[m])
-            out = handler(n.target, dict(arguments), call.arguments, self.keep_mask)
-            if out is not None:
-                self.adjusted = True
-                return out
-        if n.target in OF_ANY_STRIDE:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            return OF_ANY_STRIDE[n.target](*args, **kwargs)
-        return super().run_node(n)
-
-    def keep_mask(self, space: Space) -> Tensor | None:
-        """A boolean mask of the indices that stay, or None if all do."""
-        index = kept(space, self.choice.get)
-        if index is None:
-            return None
-        mask = torch.zeros(size_of(space), dtype=torch.bool)
-        mask[index] = True
-        return mask
-
-
-def _masked_tensors(groups: Groups, plan: PrunePlan) -> dict[str, Tensor]:
-    masked: dict[str, Tensor] = {}
-    for group, removed in ((groups[name], units) for name, units in plan.removed().items()):
-        for member in group.members:
-            if member.trainable:
-                tensor = groups.inference.tensors[member.name].tensor
-                assert tensor is not None
-                copy = masked.setdefault(member.name, tensor.detach().clone())
-                copy.index_fill_(member.dim, member.indices(removed).to(copy.device), 0)
-    for name in groups.parameters_of(plan.drop):  # a dropped block: x + f(x) with f(x) = 0
-        tensor = groups.inference.tensors[name].tensor
-        assert tensor is not None
-        masked[name] = torch.zeros_like(tensor)
-    return masked
-
-
-_UNDEFINED_AT_ZERO = (aten.div, aten.true_divide, aten.reciprocal, aten.rsqrt, aten.log, aten.pow)
-
-MaskOf = Callable[[Space], Tensor | None]
-
-
-def _dims(x: Tensor, dim: Any) -> list[int]:
-    listed = range(x.dim()) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
-    return [d % x.dim() for d in listed]
-
-
-def _joint(x: Tensor, dims: list[int], spaces: Any, mask_of: MaskOf) -> Tensor | None:
-    """One boolean mask, broadcastable to ``x``, of what is kept along several dimensions."""
-    joint: Tensor | None = None
-    for d in dims:
-        mask = mask_of(spaces[d])
-        if mask is not None:
-            shaped = mask.to(x.device).view([-1 if i == d else 1 for i in range(x.dim())])
-            joint = shaped if joint is None else joint & shaped
-    return joint
-
-
-def _count(x: Tensor, dims: list[int], mask: Tensor) -> float:
-    full = 1.0
-    for d in dims:
-        full *= x.shape[d]
-    return full * float(mask.double().mean())
-
-
-def _mean(_: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
-    x = a["self"]
-    dims = _dims(x, a.get("dim"))
-    mask = _joint(x, dims, spaces["self"], mask_of)
-    if mask is None:
-        return None
-    out = (x * mask).sum(dims, keepdim=bool(a.get("keepdim"))) / _count(x, dims, mask)
-    return out.to(a.get("dtype") or x.dtype)
-
-
-def _sum(_: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
-    x = a["self"]
-    dims = _dims(x, a.get("dim"))
-    mask = _joint(x, dims, spaces["self"], mask_of)
-    return None if mask is None else (x * mask).sum(dims, keepdim=bool(a.get("keepdim")), dtype=a.get("dtype"))
-
-
-def _norm(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
-    x = a["self"]
-    dims = _dims(x, a.get("dim"))
-    mask = _joint(x, dims, spaces["self"], mask_of)
-    return None if mask is None else (x * mask).pow(2).sum(dims, keepdim=bool(a.get("keepdim"))).sqrt()
-
-
-def _var(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
-    x = a["self"]
-    dims, keepdim = _dims(x, a.get("dim")), bool(a.get("keepdim"))
-    mask = _joint(x, dims, spaces["self"], mask_of)
-    if mask is None:
-        return None
-    n = _count(x, dims, mask)
-    correction = a["correction"] if a.get("correction") is not None else 1 if a.get("unbiased", True) else 0
-    mean = (x * mask).sum(dims, keepdim=True) / n
-    var = ((x - mean).pow(2) * mask).sum(dims, keepdim=keepdim) / max(n - correction, 0)
-    name = target.overloadpacket
-    if name is aten.var_mean:
-        return var, mean if keepdim else mean.squeeze(dims)
-    return var.sqrt() if name is aten.std else var
-
-
-def _softmax(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
-    x = a["self"]
-    mask = _joint(x, [a["dim"] % x.dim()], spaces["self"], mask_of)
-    if mask is None:
-        return None
-    logits = x.masked_fill(~mask, float("-inf"))
-    out = torch.log_softmax(logits, a["dim"]).masked_fill(~mask, 0) if "log" in str(target) else torch.softmax(logits, a["dim"])
-    return out.to(a.get("dtype") or x.dtype)
-
-
-def _layer_norm(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
-    x, rank = a["input"], len(a["normalized_shape"])
-    dims = list(range(x.dim() - rank, x.dim()))
-    mask = _joint(x, dims, spaces["input"], mask_of)
-    if mask is None:
-        return None
-    n, wide = _count(x, dims, mask), x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    centred = wide
-    if target.overloadpacket is aten.layer_norm:
-        centred = wide - (wide * mask).sum(dims, keepdim=True) / n
-    eps = a["eps"] if a["eps"] is not None else torch.finfo(x.dtype).eps
-    power = (centred.pow(2) * mask).sum(dims, keepdim=True) / n
-    out = centred * mask * torch.rsqrt(power + eps)
-    out = out.to(x.dtype)
-    out = out if a["weight"] is None else out * a["weight"]
-    return out if a.get("bias") is None else out + a["bias"]
-
-
-def _best(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
-    """Top-k and argmax among the kept units: the removed ones are as far from the best as can be."""
-    x = a["self"]
-    mask = None if a["dim"] is None or not x.dim() else _joint(x, [a["dim"] % x.dim()], spaces["self"], mask_of)
-    if mask is None:
-        return None
-    largest = a.get("largest", target.overloadpacket is not aten.argmin)
-    ends = (float("-inf"), float("inf")) if x.is_floating_point() else (torch.iinfo(x.dtype).min, torch.iinfo(x.dtype).max)
-    worst = ends[0] if largest else ends[1]
-    return target(**{**a, "self": x.masked_fill(~mask, worst)})
-
-
-def _cumsum(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
-    x = a["self"]
-    mask = _joint(x, [a["dim"] % x.dim()], spaces["self"], mask_of) if x.dim() else None
-    return None if mask is None else target(**{**a, "self": x * mask})
-
-
-def _group_norm(_: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
-    x, groups = a["input"], a["num_groups"]
-    channel = mask_of(spaces["input"][1])
-    if channel is None:
-        return None
-    grouped = x.reshape(x.shape[0], groups, -1)
-    mask = channel.to(x.device).view(1, -1, 1).expand(1, -1, x[0, 0].numel()).reshape(1, groups, -1)
-    n = mask.sum(-1, keepdim=True).clamp_min(1)
-    centred = grouped - (grouped * mask).sum(-1, keepdim=True) / n
-    out = centred * mask * torch.rsqrt((centred.pow(2) * mask).sum(-1, keepdim=True) / n + a["eps"])
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    out = out.reshape(x.shape)
-    out = out if a["weight"] is None else out * a["weight"].view(shape)
-    return out if a["bias"] is None else out + a["bias"].view(shape)
-
-
-def _batch_norm(_: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
-    """In training mode, as weights are standardised: statistics of each channel over what is kept of all else."""
-    x = a["input"]
-    dims = [d for d in range(x.dim()) if d != 1]
-    mask = _joint(x, dims, spaces["input"], mask_of) if a.get("training") else None
-    if mask is None:
-        return None
-    n = _count(x, dims, mask)
-    centred = x - (x * mask).sum(dims, keepdim=True) / n
-    out = centred * mask * torch.rsqrt((centred.pow(2) * mask).sum(dims, keepdim=True) / n + a["eps"])
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    out = out if a["weight"] is None else out * a["weight"].view(shape)
-    return out if a["bias"] is None else out + a["bias"].view(shape)
-
-
-def _contraction(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
-    """Contract over the kept units only: entries that a zeroed parameter does not silence must not count.
-
-    The first factor is masked along its last dimension: ``a @ b``, ``c + a @ b``, ``linear`` and their kin. Where the other is a
-    parameter, its zeros do that already.
-    """
-    others = (spaces.get(k) for k in ("weight", "mat2", "batch2", "other", "vec"))
-    if any(isinstance(other, Value) and isinstance(other.tensor, nn.Parameter) for other in others):
-        return None
-    name = next(k for k in ("batch1", "mat1", "input", "self") if isinstance(a.get(k), Tensor))
-    x = a[name]
-    mask = _joint(x, [x.dim() - 1], spaces[name], mask_of)
-    return None if mask is None else target(**{**a, name: x * mask})
-
-
-def _einsum(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
-    """The same for ``einsum``: every operand is masked along the letters that do not reach the output."""
-    left, arrow, right = a["equation"].replace(" ", "").partition("->")
-    terms = left.split(",")
-    kept_letters = right if arrow else {c for c in left if left.count(c) == 1}
-    tensors, changed = list(a["tensors"]), False
-    for i, term in enumerate(terms):
-        for position, letter in _explicit(term, tensors[i].dim()):
-            mask = None if letter in kept_letters else _joint(tensors[i], [position], spaces["tensors"][i], mask_of)
-            if mask is not None:
-                tensors[i], changed = tensors[i] * mask, True
-    return target(a["equation"], tensors) if changed else None
-
-
-def _explicit(term: str, rank: int) -> list[tuple[int, str]]:
-    """(dimension, letter) of an einsum term, without what an ellipsis stands for."""
-    before, dots, after = term.partition("...")
-    return [*enumerate(before), *((rank - len(after) + i, c) for i, c in enumerate(after))] if dots else list(enumerate(term))
-
-
-def _attention(target: Any, a: dict[str, Any], spaces: dict[str, Any], mask_of: MaskOf) -> Any:
-    """Queries and keys contract over the kept part of their width, and the softmax runs over all keys; the scale stays."""
-    query = a["query"]
-    mask = _joint(query, [query.dim() - 1], spaces["query"], mask_of)
-    return None if mask is None else target(**{**a, "query": query.masked_fill(~mask, 0)})
-
-
-_HANDLERS: dict[Any, Callable[..., Any]] = {
-    aten.mean: _mean,
-    aten.sum: _sum,
-    aten.var: _var,
-    aten.std: _var,
-    aten.var_mean: _var,
-    aten.linalg_vector_norm: _norm,
-    aten.norm: _norm,
-    aten.softmax: _softmax,
-    aten._softmax: _softmax,
-    aten.log_softmax: _softmax,
-    aten._log_softmax: _softmax,
-    aten.layer_norm: _layer_norm,
-    aten.rms_norm: _layer_norm,
-    aten.group_norm: _group_norm,
-    aten.batch_norm: _batch_norm,
-    aten.topk: _best,
-    aten.argmax: _best,
-    aten.argmin: _best,
-    aten.cumsum: _cumsum,
-    aten.scaled_dot_product_attention: _attention,
-    aten.linalg_norm: _norm,
-    aten.matmul: _contraction,
-    aten.bmm: _contraction,
-    aten.baddbmm: _contraction,
-    aten.addmm: _contraction,
-    aten.mm: _contraction,
-    aten.mv: _contraction,
-    aten.dot: _contraction,
-    aten.inner: _contraction,
-    aten.linear: _contraction,
-    aten.einsum: _einsum,
-}
+def _tensors(output: Any) -> list[Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor)]

@@ -114,7 +114,7 @@ class Program:
         _resize(self.gm, groups, graph, new, choice)
         graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
         graph.lint()
-        small = GraphModule(_slice_tensors(groups, graph, choice), graph)
+        small = GraphModule(_slice_tensors(self.gm, groups, graph, choice), graph)
         return _tensors(small(*self.slice(self.inputs, self.input_spaces, choice)))
 
     def describe(self, axis: Axis) -> str:

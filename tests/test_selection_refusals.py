@@ -45,7 +45,7 @@ def test_protection_errors(coarse: Groups) -> None:
     assert error(protect="model.layers.9.mlp.ffn").startswith(
         "protect='model.layers.9.mlp.ffn' matches no group and no block; did you mean 'model.layers."
     )
-    assert error(protect_first=-1) == "protect_first and protect_last are numbers of layers, got -1 and 0"
+    assert error(protect_first=-1) == "protect_first must be a whole number of at least 0, got -1"
     select(coarse, scores, ratio=0.2, protect=["model.layers.*.self_attn.*"])  # a whole family: widths stay equal
 
 

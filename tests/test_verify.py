@@ -239,6 +239,27 @@ def test_where_float64_cannot_be_run_the_first_word_counts() -> None:
     assert {p.dtype for p in gm.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("off", [0.0, 0.01])
+def test_what_16_bits_hide_is_looked_for(off: float) -> None:
+    """An error of one per cent is within the tolerance of bfloat16, and nothing that rounding explains."""
+    model = build("llama").bfloat16()
+    inputs = {"input_ids": tokens(2, 8)}
+    gm = trace(model, inputs)
+    groups = find_groups(gm)
+    name = next(n for n, g in groups.items() if g.kind == "ffn")
+    plan = PrunePlan.from_keep(groups, {name: range(groups[name].size // 2)})
+    small = rewrite(gm, plan)
+    with torch.no_grad():
+        small.get_parameter("model.norm.weight").mul_(1 + off)
+    report = verify(gm, small, plan, inputs)
+    assert report.ok == (off == 0)
+    if off:
+        assert report.rounding is not None
+        assert report.rounding < 0.1
+        assert report.max_rel_error == pytest.approx(off, rel=0.3)
+        assert report.tolerance == 1e-4
+
+
 def test_rounding_is_said() -> None:
     gm, small, plan, x = chaotic()
     found = verify(gm, small, plan, x).to_json()

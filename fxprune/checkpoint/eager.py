@@ -64,12 +64,14 @@ def operate(
     Raises:
         CheckpointError: No assignment of attributes makes the eager model equal to the rewritten graph.
     """
-    pruned = copy.deepcopy(model, _sliced_memo(model, small, groups, plan))
+    try:
+        pruned = copy.deepcopy(model, _sliced_memo(model, small, groups, plan))
+    except Exception as error:
+        raise CheckpointError(f"this {type(model).__name__} cannot be copied: {str(error).splitlines()[0]}") from error
     drop, renumber = _drop(pruned, plan)
     spec: dict[str, Any] = {"drop": drop, "renumber": renumber}
-    spec["lengths"] = {path: len(list(model.get_submodule(path).children())) for path in drop}
-    if hasattr(pruned, "config"):
-        shorten_config(pruned.config, spec)
+    spec["lengths"] = {path: len(model.get_submodule(path)._modules) for path in drop}
+    spec["dense"] = shorten_config(pruned.config, spec) if hasattr(pruned, "config") else {}
     spec["added"] = {}
     for name, bias in new_biases(small, plan, added).items():
         path, _, leaf = name.rpartition(".")
@@ -162,7 +164,7 @@ def combined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, A
         made[key] = {n: {**kept.get(n, {}), **v} if key == "attributes" else v for n, v in {**kept, **second[key]}.items()}
     for name in made["added"].keys() & made["shapes"].keys():  # a bias that came with the first and was cut by the second
         made["added"][name] = made["shapes"].pop(name)
-    return {**made, "dense": first.get("dense", {})}
+    return {**made, "dense": {**second.get("dense", {}), **first.get("dense", {})}}
 
 
 def _drop(pruned: nn.Module, plan: PrunePlan) -> tuple[dict[str, list[int]], dict[str, list[str]]]:
@@ -176,7 +178,7 @@ def _drop(pruned: nn.Module, plan: PrunePlan) -> tuple[dict[str, list[int]], dic
 def numbering(entries: nn.Module) -> list[str]:
     """Names of integer attributes that hold, in every entry of a list, that entry's own number."""
     names: set[str] | None = None
-    for number, entry in enumerate(entries.children()):
+    for number, entry in enumerate(m for m in entries._modules.values() if m is not None):
         own: dict[str, set[int]] = {}
         for module in entry.modules():
             for key, value in vars(module).items():
@@ -211,7 +213,7 @@ def _widths(pruned: nn.Module, model: nn.Module, drop: Mapping[str, list[int]]) 
     An attribute follows a dimension if, in every dense module of the class that has a weight, it equals that dimension.
     """
     shapes: dict[type, list[tuple[str, nn.Module, tuple[int, ...], tuple[int, ...]]]] = {}
-    dense = {renamed(n, drop): m for n, m in model.named_modules()}
+    dense = {renamed(n, drop): m for n, m in model.named_modules(remove_duplicate=False)}
     for path, module in pruned.named_modules():
         new, old = module._parameters.get("weight"), dense[path]._parameters.get("weight")
         if new is not None and old is not None:

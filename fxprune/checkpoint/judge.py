@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -11,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.fx.node import map_aggregate
 
 from ..mode import evaluating, in_double, quiet
 from ..passes.batches import logits_of
-from ..passes.verify import IN_DOUBLE, TOLERANCES, in_float64, relative_error
+from ..passes.verify import IN_DOUBLE, TOLERANCES, in_float64, relative_error, widened
 
 log = logging.getLogger("fxprune")
 
@@ -113,9 +111,10 @@ def judge(
 def _error_in_double(exact: GraphModule, model: nn.Module, inputs: Any) -> float | None:
     """The relative error in float64; None if that cannot be had.
 
-    Buffers that a class computes anew (rotary frequencies) and that differ from the graph's by rounding only are taken from there.
+    Where the graph casts to 16 bits (the model's dtype, written out) it casts to float64. Buffers that a class computes anew
+    (rotary frequencies) and that differ from the graph's by rounding only are taken from there.
     """
-    doubled, wide = torch.utils._pytree.tree_map(in_float64, inputs), _widened(exact)
+    doubled, wide = torch.utils._pytree.tree_map(in_float64, inputs), widened(exact, (torch.bfloat16, torch.float16))
     precision, known = torch.finfo(next(model.parameters()).dtype).eps, dict(wide.named_buffers())
     try:
         with in_double(wide, model), quiet(model), torch.no_grad():
@@ -127,15 +126,3 @@ def _error_in_double(exact: GraphModule, model: nn.Module, inputs: Any) -> float
     except Exception as problem:  # noqa: BLE001 - no memory for it, or an operator that insists on its dtype
         log.info("the comparison cannot be made again in float64: %s", problem)
         return None
-
-
-def _widened(gm: GraphModule) -> GraphModule:
-    """The same graph on the same parameters; where it casts to 16 bits (the model's dtype, written out) it casts to float64."""
-
-    def wide(value: Any) -> Any:
-        return torch.float64 if value in (torch.bfloat16, torch.float16) else value
-
-    graph = copy.deepcopy(gm.graph)
-    for node in graph.nodes:
-        node.args, node.kwargs = map_aggregate(node.args, wide), map_aggregate(node.kwargs, wide)
-    return GraphModule(gm, graph)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,8 +17,8 @@ from torch import nn
 
 from ..errors import CheckpointError, UsageError
 from ..wording import listed
-from .per_layer import MODELING
-from .surgery import apply_surgery
+from .per_layer import MODELING, save_itself
+from .surgery import OwnConfig, apply_surgery
 
 DAMAGE = (OSError, KeyError, ValueError, RuntimeError, SafetensorError)
 """What reading a damaged or foreign checkpoint raises."""
@@ -59,14 +60,19 @@ def load(
             cls = getattr(transformers, (config.get("architectures") or [""])[0], transformers.AutoModelForCausalLM)
             loaded: Any = cls.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
             return _whole(path, *loaded)
-        name = f"{MODELING}_{path.resolve().as_posix().encode().hex()[-16:]}"
+        name = f"{MODELING}_{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]}"
         spec = importlib.util.spec_from_file_location(name, path / f"{MODELING}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         cls = getattr(module, next(iter(config["auto_map"].values())).rpartition(".")[2])
-        return _whole(path, *cls.from_pretrained(path, dtype=dtype, output_loading_info=True, **options))
+        model = _whole(path, *cls.from_pretrained(path, dtype=dtype, output_loading_info=True, **options))
+        save_itself(model, cast(Any, model).config.fxprune)  # of classes that pickle finds
+        for part in model.modules():
+            if isinstance(own := getattr(part, "config", None), module.OwnConfig):
+                object.__setattr__(own, "__class__", OwnConfig)
+        return model
     except CheckpointError:
         raise
     except DAMAGE as error:

@@ -18,50 +18,50 @@ from . import surgery
 MODELING = "modeling_fxprune"
 
 
-def save_itself(model: Any, dense_config: Any, spec: Mapping[str, Any]) -> None:
+def save_itself(model: Any, spec: Mapping[str, Any]) -> None:
     """Let a model that was operated on write this form by its own ``save_pretrained``, as a ``Trainer`` calls it.
 
-    Its class becomes a subclass of the same name: the stock method would write sizes that its weights do not have.
+    Its class becomes a subclass of the same name: the stock method would write sizes that its weights do not have. Its
+    configuration says what was done (``fxprune``), and its resized buffers belong to its state: a dense class would compute them
+    for the dense size.
 
     Args:
         model: An eager Hugging Face model with widths that no stock configuration expresses.
-        dense_config: Of the dense model.
         spec: What `fxprune.checkpoint.surgery.apply_surgery` needs to do the same to a dense model.
     """
-    model.__class__ = _saving_class(stock_class(type(model)), dense_config, spec)
+    model.__class__ = _saving_class(stock_class(type(model)))
+    model.config.fxprune = {"format": 1, **copy.deepcopy(dict(spec))}
+    for owner, leaf in _resized_buffers(model, spec):
+        owner._non_persistent_buffers_set.discard(leaf)
 
 
-def _saving_class(base: Any, dense_config: Any, spec: Mapping[str, Any]) -> type:
-    config = copy.deepcopy(dense_config)
-
+def _saving_class(base: Any) -> type:
     class Saving(base):  # type: ignore[misc]
         _fxprune_per_layer = True
 
         def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
-            write_per_layer(self, config, spec, Path(save_directory), *args, **options)
+            write_per_layer(self, Path(save_directory), *args, **options)
 
         def __reduce_ex__(self, protocol: Any) -> Any:  # this class cannot be found by its name
             _, _, *rest = super().__reduce_ex__(protocol)
-            return (_revive, (base, config, spec), *rest)
+            return (_revive, (base,), *rest)
 
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(Saving, name, getattr(base, name))
     return Saving
 
 
-def _revive(base: type, dense_config: Any, spec: Mapping[str, Any]) -> Any:
+def _revive(base: type) -> Any:
     """An empty model of the class, for pickle and copy to fill."""
-    kind: Any = _saving_class(base, dense_config, spec)
+    kind: Any = _saving_class(base)
     return kind.__new__(kind)
 
 
-def write_per_layer(model: Any, dense_config: Any, spec: Mapping[str, Any], directory: Path, *args: Any, **options: Any) -> None:
+def write_per_layer(model: Any, directory: Path, *args: Any, **options: Any) -> None:
     """Write the model into a directory.
 
     Args:
-        model: As for `save_itself`.
-        dense_config: As for `save_itself`.
-        spec: As for `save_itself`.
+        model: What `save_itself` was called with.
         directory: Where to.
         *args: As for ``save_pretrained``.
         **options: As for ``save_pretrained``.
@@ -71,16 +71,14 @@ def write_per_layer(model: Any, dense_config: Any, spec: Mapping[str, Any], dire
     """
     if options.pop("push_to_hub", False):
         raise UsageError("save_pretrained(push_to_hub=True) would upload before all files are there: call model.push_to_hub(...)")
-    stock = stock_class(type(model))
-    config = copy.deepcopy(dense_config)
-    config.fxprune = {"format": 1, **spec}
-    config.auto_map = {auto_class(stock, type(config)): f"{MODELING}.{stock.__name__}"}
-    own = model.config
+    stock, own = stock_class(type(model)), model.config
+    surgery.note_shapes(model, own.fxprune)  # embeddings may have more rows since
+    config = copy.deepcopy(own)
+    config.auto_map = dict.fromkeys(auto_classes(stock, type(config)), f"{MODELING}.{stock.__name__}")
     options["save_original_format"] = False  # transformers does not rename parameters for code that travels with a checkpoint
     try:
         model.config = config
-        with persisted(model, spec):
-            stock.save_pretrained(model, directory, *args, **options)
+        stock.save_pretrained(model, directory, *args, **options)
     finally:
         model.config = own
     if not options.get("is_main_process", True):
@@ -96,38 +94,36 @@ def stock_class(kind: type) -> Any:
     return next(c for c in kind.__mro__ if "_fxprune_per_layer" not in vars(c))
 
 
-AUTO = {
-    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
-    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
-    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
-    "AutoModel": "MODEL_MAPPING",
-}
+def auto_classes(model: type, config: type) -> list[str]:
+    """The auto classes that load such a model to be used."""
+    from transformers.models.auto import modeling_auto
 
-
-def auto_class(model: type, config: type) -> str:
-    """The auto class that users load such a model with."""
-    import transformers
-
-    for name, mapping in AUTO.items():
-        listed = getattr(transformers, mapping).get(config, ())
+    found = []
+    for name, kind in vars(modeling_auto).items():
+        if not name.startswith("AutoModel") or not hasattr(kind, "_model_mapping") or name == "AutoModelForPreTraining":
+            continue
+        listed = kind._model_mapping.get(config, ())
         if any(c in model.__mro__ for c in (listed if isinstance(listed, list | tuple) else [listed])):
-            return name
-    return "AutoModelForCausalLM"
+            found.append(name)
+    return found or ["AutoModelForCausalLM"]
+
+
+def _resized_buffers(model: nn.Module, spec: Mapping[str, Any]) -> Iterator[tuple[nn.Module, str]]:
+    """Buffers of another size than the class makes them, that do not belong to the state."""
+    for name in spec.get("buffers", {}):
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if leaf in owner._non_persistent_buffers_set:
+            yield owner, leaf
 
 
 @contextmanager
 def persisted(model: nn.Module, spec: Mapping[str, Any]) -> Iterator[None]:
     """Resized buffers belong to the state within: a dense class would compute them for the dense size."""
-    changed = []
-    for name in spec.get("buffers", {}):
-        owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        if leaf in owner._non_persistent_buffers_set:
-            owner._non_persistent_buffers_set.discard(leaf)
-            changed.append((owner, leaf))
+    changed = list(_resized_buffers(model, spec))
     try:
+        for owner, leaf in changed:
+            owner._non_persistent_buffers_set.discard(leaf)
         yield
     finally:
         for owner, leaf in changed:
@@ -152,8 +148,9 @@ class {base.__name__}(_Dense):
 
     def __init__(self, config):
         spec = getattr(config, "fxprune", None)
-        for key, value in (spec or {{}}).get("dense", {{}}).items():  # a configuration that was saved again
-            setattr(config, key, value)
+        for key, value in (spec or {{}}).get("dense", {{}}).items():  # the dense model is built first
+            part, _, field = key.rpartition(".")
+            setattr(getattr(config, part) if part else config, field, value)
         super().__init__(config)
         if spec is not None:  # once this class is registered, transformers may hand it stock configurations too
             apply_surgery(self, spec)
@@ -165,6 +162,8 @@ class {base.__name__}(_Dense):
 
     def save_pretrained(self, save_directory, *args, save_original_format=False, **kwargs):
         os.makedirs(save_directory, exist_ok=True)
+        if getattr(self.config, "fxprune", None):
+            note_shapes(self, self.config.fxprune)
         copy = os.path.join(save_directory, "{MODELING}.py")
         if not os.path.exists(copy) or not os.path.samefile(__file__, copy):
             shutil.copyfile(__file__, copy)

@@ -6,6 +6,8 @@ multiplier) stays what the dense model has; then parameters, buffers and integer
 
 from __future__ import annotations
 
+import copy
+from functools import reduce
 from typing import Any
 
 import torch
@@ -45,6 +47,12 @@ def apply_surgery(model: nn.Module, spec: dict[str, Any]) -> None:
     for path, attributes in spec.get("attributes", {}).items():
         for key, value in attributes.items():
             set_attribute(model.get_submodule(path), key, tuple(value) if isinstance(value, list) else value)
+
+
+def note_shapes(model: nn.Module, spec: dict[str, Any]) -> None:
+    """Write into a record of surgery which shapes the model has by now: embeddings may have been given more rows."""
+    now = {name: list(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    spec["shapes"] = {name: now.get(name, shape) for name, shape in spec.get("shapes", {}).items()}
 
 
 class OwnConfig:
@@ -91,21 +99,21 @@ def shorten_config(config: Any, spec: dict[str, Any]) -> dict[str, Any]:
         spec: ``lengths`` (path of the list -> entries before) and ``drop`` (path -> entries that go).
 
     Returns:
-        The top-level fields as they were.
+        The fields that changed as they were; of a nested configuration by ``name.field``.
     """
     before: dict[str, Any] = {}
     for path, gone in spec.get("drop", {}).items():
         length = spec["lengths"][path]
-        nested = [v for v in vars(config).values() if hasattr(v, "to_dict") and hasattr(v, "model_type")]
-        for part in [config, *nested]:
+        nested = {k: v for k, v in vars(config).items() if hasattr(v, "to_dict") and hasattr(v, "model_type")}
+        for name, part in {"": config, **nested}.items():
             for key, value in list(vars(part).items()):
-                if part is config:
-                    before.setdefault(key, value)
+                if key not in nested or name:
+                    before.setdefault(f"{name}.{key}" if name else key, value)
                 if isinstance(value, (list, tuple)) and len(value) == length:
                     setattr(part, key, type(value)(v for i, v in enumerate(value) if i not in set(gone)))
                 elif type(value) is int and value == length and "layer" in key:
                     setattr(part, key, length - len(gone))
-    return {k: v for k, v in before.items() if getattr(config, k) != v}
+    return {k: v for k, v in before.items() if reduce(getattr, k.split("."), config) != v}
 
 
 def deepest_first(paths: Any) -> list[str]:
@@ -115,15 +123,16 @@ def deepest_first(paths: Any) -> list[str]:
 
 def drop_entries(model: nn.Module, path: str, gone: list[int], numbered: list[str]) -> None:
     """Remove entries of a module list and renumber what the rest know about their place (KV caches index by it)."""
-    entries = model.get_submodule(path)
-    left = [m for i, m in enumerate(entries.children()) if i not in set(gone)]
+    entries = copy.copy(model.get_submodule(path))  # a list, or a sequence that calls them
+    left = [entry for i, entry in enumerate(entries._modules.values()) if entry is not None and i not in set(gone)]
     for number, entry in enumerate(left):
         for module in entry.modules():
             for key in numbered:
                 if isinstance(vars(module).get(key), int):
                     setattr(module, key, number)
+    entries._modules = {str(i): m for i, m in enumerate(left)}
     parent, leaf = _owner(model, path)
-    parent._modules[leaf] = nn.ModuleList(left)
+    parent._modules[leaf] = entries
 
 
 def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -27,7 +27,7 @@ class Record:
         name: Of the directory.
         report: `fxprune_report.json`.
         evaluation: `eval.json`, or None.
-        auto: The auto class that the configuration binds to a modelling file of ours; empty without one.
+        auto: The auto class that the configuration binds to a modelling file of ours, the commonest of several; empty without one.
     """
 
     name: str
@@ -94,7 +94,13 @@ def read_record(directory: str | os.PathLike[str]) -> Record:
     report = _mapping(path / REPORT_FILE)
     evaluation = _mapping(path / EVALUATION_FILE) if (path / EVALUATION_FILE).is_file() else None
     bound = _mapping(path / CONFIG_FILE).get("auto_map") if (path / CONFIG_FILE).is_file() else None
-    return Record(path.resolve().name, report, evaluation, next(iter(bound), "") if isinstance(bound, Mapping) else "")
+    return Record(path.resolve().name, report, evaluation, _told(bound) if isinstance(bound, Mapping) else "")
+
+
+def _told(bound: Mapping[str, Any]) -> str:
+    """The auto class that users are told of, where several load a model."""
+    first = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
+    return min(bound, key=lambda name: first.index(name) if name in first else len(first), default="")
 
 
 def _mapping(path: Path) -> dict[str, Any]:

@@ -179,6 +179,12 @@ def embedding(call: Call) -> Spaces:
     return [*indices, weight[1]]
 
 
+@embedding.resize
+def _embedding(call: Resize) -> dict[str, Any]:
+    rows = call.inputs["weight"][0]
+    return {} if call.kept(rows) == size_of(rows) else {"padding_idx": -1}  # the row that it names may be another now
+
+
 @rule(aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution)
 def convolution(call: Call) -> Spaces:
     """Channels of a grouped convolution: in = Product(g, i), out = Product(g, o), weight[g*o, i, ..]."""
@@ -205,4 +211,4 @@ def convolution(call: Call) -> Spaces:
 
 @convolution.resize
 def _convolution(call: Resize) -> dict[str, Any]:
-    return {} if call["groups"] == 1 else {"groups": call.kept(call.notes["group"])}
+    return {} if call["groups"] == 1 else {"groups": call.size(call["groups"], call.notes["group"])}

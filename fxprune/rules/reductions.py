@@ -102,8 +102,9 @@ def layer_norm(call: Call) -> Any:
 
 @layer_norm.resize
 def _layer_norm(call: Resize) -> dict[str, Any]:
-    rank = len(call["normalized_shape"])
-    return {"normalized_shape": [call.kept(s) for s in call.inputs["input"][-rank:]]}
+    shape = call["normalized_shape"]
+    spaces = call.inputs["input"][-len(shape) :]
+    return {"normalized_shape": [call.size(n, space) for n, space in zip(shape, spaces, strict=True)]}
 
 
 @rule(aten.group_norm)
@@ -123,7 +124,7 @@ def group_norm(call: Call) -> Spaces:
 
 @group_norm.resize
 def _group_norm(call: Resize) -> dict[str, Any]:
-    return {"num_groups": call.kept(call.notes["group"])}
+    return {"num_groups": call.size(call["num_groups"], call.notes["group"])}
 
 
 @rule(aten.batch_norm, aten._native_batch_norm_legit_no_training)

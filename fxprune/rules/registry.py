@@ -120,8 +120,12 @@ def rule(*targets: Any, sizes: str | None = None, numbers: str = "escape") -> Ca
         A decorator that turns the propagate half into a `Rule`; its ``.resize`` attaches the other half.
 
     Raises:
-        UsageError: ``numbers`` is none of the three.
+        UsageError: ``numbers`` is none of the three, or there is no target, or one that is no operator.
     """
+    odd = [t for t in targets if not isinstance(t, str | torch._ops.OpOverload | torch._ops.OpOverloadPacket) and not callable(t)]
+    if not targets or odd:
+        got = repr(odd[0]) if odd else "none"
+        raise UsageError(f"a rule names the operators that it is for, such as torch.ops.aten.mm, got {got}")
     if numbers not in ("escape", "pass", "own"):
         raise UsageError(f"numbers= says what becomes of numbered units: 'escape', 'pass' or 'own', not {numbers!r}")
 
