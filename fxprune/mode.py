@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,18 +49,19 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Afterwards every attribute of every module as it was: what a forward keeps for the next has no numbers in a trace."""
-    before: list[tuple[nn.Module, dict[str, Any], Any, Any]]
-    before = [(m, dict(vars(m)), dict(m._buffers), dict(m._parameters)) for m in model.modules()]
+    """Afterwards every module holds the tensors that it held: what a forward keeps for the next has no numbers in a trace."""
+    before = [(table, _tensors(table)) for m in model.modules() for table in (vars(m), m._buffers)]
     try:
         yield
     finally:
-        for module, own, buffers, parameters in before:
-            vars(module).clear()
-            vars(module).update(own)
-            for kept, held in ((module._buffers, buffers), (module._parameters, parameters)):
-                kept.clear()
-                kept.update(held)
+        for table, held in before:
+            for name in _tensors(table).keys() - held.keys():
+                del table[name]
+            table.update(held)
+
+
+def _tensors(table: MutableMapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in table.items() if isinstance(value, Tensor)}
 
 
 @contextmanager

@@ -147,7 +147,12 @@ def verify(gm: GraphModule, small: nn.Module, plan: PrunePlan, inputs: Any, *, t
         wide = _in_double(lambda a, k: _compared(gm, small, plan, a, k)[0], gm, small, args, kwargs)
         if wide is not None:
             error, rounding, allowed = wide, error, min(allowed, IN_DOUBLE)
-    elif error > TOLERANCES[torch.float32] and isinstance(small, GraphModule) and _elements(gm, small) <= IN_16_BITS:
+    elif (
+        error > TOLERANCES[torch.float32]
+        and allowed <= tolerance_of(gm)
+        and isinstance(small, GraphModule)
+        and _elements(gm, small) <= IN_16_BITS
+    ):
         every = (torch.bfloat16, torch.float16, torch.float32)
         again = widened(small, every)
         wide = _in_double(lambda a, k: _compared(gm, again, plan, a, k, every)[0], gm, small, args, kwargs)

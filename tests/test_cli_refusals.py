@@ -86,7 +86,7 @@ def test_a_recipe_file_is_spoken_of_in_its_own_words(run: Run, place: Path) -> N
         ((*RATIO, "--sensitivity-samples", "0"), "--sensitivity-samples must be a whole number of at least 1, got 0"),
         ((*RATIO, "--multiple", "0"), "multiple must be a whole number of at least 1, got 0"),
         ((*RATIO, "--floor", "1"), "floor is a share of units from 0 up to (not including) 1, got 1.0"),
-        ((*RATIO, "--protect-first", "-1"), "--protect-first and --protect-last are numbers of layers, got -1 and 0"),
+        ((*RATIO, "--protect-first", "-1"), "--protect-first must be a whole number of at least 0, got -1"),
         ((*RATIO, "--calibration", "missing.txt"), "there is no file 'missing.txt'"),
         ((*RATIO, "--plan", "foreign.json"), "--plan replays a plan as it is: leave out --ratio"),
         ((*OUT, "--plan", "foreign.json", "--kinds", "ffn"), "--plan replays a plan as it is: leave out --kinds"),
