@@ -80,11 +80,7 @@ def own_conditions(shape_env: Any) -> list[Any]:
 
 
 def python_text(expression: Any) -> str:
-    """A condition on symbolic sizes as Python has it, with ``//`` and ``%`` (torch 2.11 to 2.13).
-
-    Raises:
-        PrintMethodNotImplementedError: Python has no word for something in it.
-    """
+    """A condition on symbolic sizes as Python has it, with ``//`` and ``%`` (torch 2.11 to 2.13)."""
     from torch.utils._sympy.printers import PythonPrinter
 
     text: str = PythonPrinter().doprint(expression)

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from ._compat import on_deepcopy, own_conditions, python_text
-from .errors import UsageError
+from .errors import CaptureError, UsageError
 
 SIZES = "fxprune.sizes"
 """Where a traced or rewritten graph keeps its `InputSizes` in ``meta``."""
@@ -135,10 +135,15 @@ def _conditions(taken: Sequence[Any], known: Mapping[Any, tuple[int, int]], name
             places = tuple(known[s] for s in symbols)
             labels = tuple(f"{names[leaf]}.shape[{dim}]" for leaf, dim in places)
             variables = [f"v{i}" for i in range(len(symbols))]
-            holds = eval(
-                f"lambda {', '.join(variables)}: {_renamed(expression, symbols, variables)}", {"math": math, "torch": torch}
-            )
-            yield _Condition(_renamed(expression, symbols, labels), places, labels, holds)
+            try:
+                text, source = (_renamed(expression, symbols, called) for called in (labels, variables))
+                holds = eval(f"lambda {', '.join(variables)}: {source}", {"math": math, "torch": torch})
+            except Exception as error:  # whatever a printer that is not ours stumbles over
+                raise CaptureError(
+                    f"the model's forward branches on sizes by '{expression}', which a graph cannot ask for: trace it with fixed "
+                    "sizes, dynamic_shapes={}"
+                ) from error
+            yield _Condition(text, places, labels, holds)
 
 
 def _renamed(expression: Any, symbols: Sequence[Any], names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxprune
-from fxprune.errors import UsageError
+from fxprune.errors import CaptureError, UsageError
 
 from .zoo import build, tokens
 
@@ -129,6 +129,16 @@ def test_conditions_that_are_no_span_of_one_size(of: Callable[[GraphModule], Gra
             UsageError, match=r"x\.shape\[1\] is .*, and the graph was traced for .*: trace the model with an example"
         ):
             gm(*others)
+
+
+def test_a_condition_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unprintable(expression: Any) -> str:
+        raise AssertionError(expression)
+
+    monkeypatch.setattr("fxprune.sizes.python_text", unprintable)
+    with pytest.raises(CaptureError, match=r"branches on sizes by '.*', which a graph cannot ask for: trace it with fixed sizes"):
+        fxprune.trace(Even(), (tokens(2, 8),))
+    assert fxprune.trace(Even(), (tokens(2, 8),), dynamic_shapes={})(tokens(2, 8)).shape == (2, 8, 50)
 
 
 def test_what_operators_ask_for_is_left_to_them() -> None:
