@@ -23,7 +23,7 @@ from .checkpoint.judge import caches, call, judge, padded
 from .checkpoint.per_layer import save_itself
 from .checkpoint.save import save_pruned
 from .criteria import Criterion, UserCriterion
-from .errors import CheckpointError, UsageError, VerificationError
+from .errors import CheckpointError, UsageError, VerificationError, is_number
 from .groups import Groups
 from .mode import quiet
 from .passes.batches import Loss, Progress
@@ -286,7 +286,7 @@ def prune(
     example = inputs if inputs is not None else example_inputs(model)
     if graph is not None and not isinstance(graph, GraphModule):
         raise UsageError(f"graph= is what fxprune.trace returned, not {graph!r:.80}")
-    if tolerance is not None and (isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance >= 0):
+    if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
         raise UsageError(f"tolerance is the largest relative error, a number from 0 on, got {tolerance!r}")
     if graph is not None and {id(p) for p in graph.parameters()} - {id(p) for p in model.parameters()}:
         raise UsageError("graph= is the trace of another model: its parameters are not this model's")

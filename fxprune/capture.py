@@ -63,10 +63,8 @@ def trace(
     refuse_quantised(model)
     args, kwargs = _arguments(inputs)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    # a view would bring guards on the tensor that it is a part of
-    args, kwargs = torch.utils._pytree.tree_map_only(
-        Tensor, lambda t: (t.clone() if t._is_view() else t).to(device), (args, kwargs)
-    )
+    # copies: a view would bring guards on the tensor that it is a part of
+    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().to(device, copy=True), (args, kwargs))
     if dynamic_shapes is not None:
         return _capture(model, args, kwargs, dynamic_shapes)
     wide_args, wide_kwargs = tuple(map(_widen, args)), {k: _widen(v) for k, v in kwargs.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeGuard
 
 
 class FxPruneError(Exception):
@@ -50,6 +51,11 @@ def check_whole(name: str, value: object, least: int, below: int | None = None) 
         raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
     if below is not None and value >= below:
         raise UsageError(f"{name} must be below {below}, got {value}")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a number to compute with; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_seed(seed: object) -> None:

@@ -129,8 +129,8 @@ def _conditions(taken: Sequence[Any], known: Mapping[Any, tuple[int, int]], name
     """What a trace has taken for granted, beyond the span of each size and those that are one."""
     for expression in taken:
         if expression.free_symbols and expression.free_symbols <= known.keys():
-            if any(side.is_Symbol for side in expression.args) and any(side.is_number for side in expression.args):
-                continue  # a span has it
+            if _spanned(expression):
+                continue
             symbols = sorted(expression.free_symbols, key=known.__getitem__)
             places = tuple(known[s] for s in symbols)
             labels = tuple(f"{names[leaf]}.shape[{dim}]" for leaf, dim in places)
@@ -144,6 +144,13 @@ def _conditions(taken: Sequence[Any], known: Mapping[Any, tuple[int, int]], name
                     "sizes, dynamic_shapes={}"
                 ) from error
             yield _Condition(text, places, labels, holds)
+
+
+def _spanned(expression: Any) -> bool:
+    """Whether the span of a size has a condition: a bound, but no hole (``!= 5``) above what torch takes for special."""
+    numbers = [side for side in expression.args if side.is_number]
+    hole = expression.is_Relational and expression.rel_op == "!=" and any(n > 1 for n in numbers)
+    return bool(numbers) and any(side.is_Symbol for side in expression.args) and not hole
 
 
 def _renamed(expression: Any, symbols: Sequence[Any], names: Sequence[str]) -> str:

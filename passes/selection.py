@@ -18,7 +18,7 @@ import fnmatch
 import math
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from ..errors import PlanError, UsageError, check_whole, nearest
+from ..errors import PlanError, UsageError, check_whole, is_number, nearest
 from ..groups import KINDS, LAYERS, Groups, PruneGroup, layer_of
 from ..names import BLOCK_SCORES
 from ..plan import PrunePlan
@@ -90,7 +90,7 @@ class Selection:
             raise UsageError("give either ratio= (share of all parameters) or units= (share of units), not both or neither")
         shares = self.units if isinstance(self.units, Mapping) else {"": self.ratio if self.units is None else self.units}
         for kind, share in shares.items():
-            if not _number(share) or not 0 < share < 1:
+            if not is_number(share) or not 0 < share < 1:
                 what = "a ratio" if self.units is None else f"the share of units{kind and f' of kind {kind}'}"
                 raise UsageError(f"{what} must lie between 0 and 1 (0.2 removes 20 %), got {share!r}")
         multiples = self.multiple if isinstance(self.multiple, Mapping) else {"": self.multiple}
@@ -99,7 +99,7 @@ class Selection:
                 raise UsageError(f"unknown kind '{kind}'; {nearest(kind, (*KINDS, LAYERS))}")
         for kind in (k for k in shares if k and self.pace.get(k, 0) == 0):
             raise UsageError(f"units= gives a share for kind '{kind}', but kinds= leaves it out")
-        if any(not _number(pace) or not 0 <= pace < math.inf for pace in self.pace.values()):
+        if any(not is_number(pace) or not 0 <= pace < math.inf for pace in self.pace.values()):
             raise UsageError(f"a pace must be 0 or a positive number, got {self.pace}")
         if all(pace == 0 for pace in self.pace.values()):
             raise UsageError("no kind may be pruned: name at least one")
@@ -108,7 +108,7 @@ class Selection:
                 raise UsageError(f"unknown {name} '{value}'; {nearest(str(value), valid)}")
         for name in ("protect_first", "protect_last"):
             check_whole(name, getattr(self, name), 0)
-        if not _number(self.floor) or not 0 <= self.floor < 1:
+        if not is_number(self.floor) or not 0 <= self.floor < 1:
             raise UsageError(f"floor is a share of units from 0 up to (not including) 1, got {self.floor}")
         for kind, multiple in multiples.items():
             check_whole(f"multiple of {kind}" if isinstance(self.multiple, Mapping) else "multiple", multiple, 1)
@@ -194,10 +194,6 @@ class SelectionPass(Pass):
             curves=graph_module.meta.get(CURVES),
         )
         return PassResult(graph_module, False)
-
-
-def _number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _given(selection: Selection | None, options: Mapping[str, Any]) -> Selection:

@@ -98,6 +98,14 @@ class Even(Network):
         return self.ffn(self.embed(x) * (2 if x.shape[1] % 2 else 1))
 
 
+class NotFive(Network):
+    """Treats texts of one length in another way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of ids."""
+        return self.ffn(self.embed(x) * (2 if x.shape[1] == 5 else 1))
+
+
 class Longer(Network):
     """Treats a text that is longer than another in another way."""
 
@@ -120,6 +128,7 @@ def test_conditions_that_are_no_span_of_one_size(of: Callable[[GraphModule], Gra
     for model, example, fits, others in (
         (Even(), (tokens(2, 8),), (tokens(3, 6),), (tokens(2, 7),)),
         (Even(), (tokens(2, 7),), (tokens(3, 5),), (tokens(2, 6),)),
+        (NotFive(), (tokens(2, 8),), (tokens(3, 6),), (tokens(2, 5),)),
         (Longer(), (tokens(2, 8), tokens(2, 4)), (tokens(1, 3), tokens(3, 2)), (tokens(2, 4), tokens(2, 8))),
         (Longer(), (tokens(2, 4), tokens(2, 8)), (tokens(2, 4), tokens(2, 4)), (tokens(2, 4), tokens(2, 3))),
     ):

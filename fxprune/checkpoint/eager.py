@@ -67,7 +67,7 @@ def operate(
     try:
         pruned = copy.deepcopy(model, _sliced_memo(model, small, groups, plan))
     except Exception as error:
-        raise CheckpointError(f"this {type(model).__name__} cannot be copied: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"this {type(model).__name__} cannot be copied: {str(error).partition(chr(10))[0]}") from error
     drop, renumber = _drop(pruned, plan)
     spec: dict[str, Any] = {"drop": drop, "renumber": renumber}
     spec["lengths"] = {path: len(model.get_submodule(path)._modules) for path in drop}

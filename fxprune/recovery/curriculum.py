@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from ..data import Examples, Source, Sources, by_name, parse_sources
-from ..errors import UsageError, check_whole, nearest
+from ..errors import UsageError, check_whole, is_number, nearest
 from ..wording import counted
 from .settings import Recovery
 
@@ -147,7 +147,7 @@ def _stages(given: Sequence[Sources]) -> tuple[tuple[Source, ...], ...]:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)
 
 
 def _key(source: Source) -> tuple[str, str | None, str]:
